@@ -1,0 +1,742 @@
+"""The five layers of VGG16: a formula, then for loops that numba compiles.
+
+Every layer has ``forward(inputs)``, which returns its output, and ``backward(out_grad)``, which takes the
+gradient of the loss with respect to that output and returns the gradient with respect to the inputs.
+Neither changes an array that it was given.  Pictures are stacks of planes, shape ``(N, C, H, W)``: image,
+channel, row, column.
+
+Three rules make the loops below fast without making their results depend on the machine's mood:
+
+* the innermost loop runs along memory, so that the processor takes 8 or 16 numbers at a time;
+* a number that was read is used several times before the next one is read;
+* a thread writes only what it owns, and adds it up in one fixed order: any number of threads, the same bits.
+
+``tests/textbook.py`` holds the same formulas as the plainest loops there are.
+"""
+import numpy as np
+from numba import jit, prange
+
+# 'contract' lets the compiler round a * b + c once instead of twice (a fused multiply-add).  It is the one
+# freedom given to it: the order of every sum stays as written.  It makes the convolutions about 1.5 times
+# faster and each result slightly more accurate; every x86 since 2013 and every 64-bit Arm has the instruction.
+FLAGS = {'nopython': True, 'fastmath': {'contract'}}
+
+GROUP = 4      # output channels, rows or samples that share each number that is read
+BAND = 1024
+PITCH = BAND + 48    # between the sums of two channels: exactly 4096 bytes apart, they would evict each other
+LANES = 64           # partial sums of a dot product
+
+
+def kernel(function=None, parallel=False):
+    """Compile for loops with numba, keeping the machine code on disk wherever a folder can be written."""
+    if function is None:
+        return lambda function: kernel(function, parallel)
+    try:
+        return jit(parallel=parallel, cache=True, **FLAGS)(function)
+    except RuntimeError:    # numba found no place for its cache: compile in every run
+        return jit(parallel=parallel, **FLAGS)(function)
+
+
+# ---------------------------------------------------------------------------------------- convolution loops
+
+@kernel
+def _add_four_taps(acc, length, x, r0, r1, r2, r3, w, t):
+    """acc[c, p] += sum of w[t + a, c] * x[r_a + p] over four taps a, for four channels c.
+
+    The innermost loop of a convolution.  Each x that is read serves four output channels, each accumulator that
+    is read and written serves four taps: 16 multiply-adds for 8 loads and 4 stores.  Indices are unsigned,
+    because numba would test a signed one for being negative (counted from the end) at every step.
+    """
+    a0, b0, c0, d0 = w[t, 0], w[t, 1], w[t, 2], w[t, 3]
+    a1, b1, c1, d1 = w[t + 1, 0], w[t + 1, 1], w[t + 1, 2], w[t + 1, 3]
+    a2, b2, c2, d2 = w[t + 2, 0], w[t + 2, 1], w[t + 2, 2], w[t + 2, 3]
+    a3, b3, c3, d3 = w[t + 3, 0], w[t + 3, 1], w[t + 3, 2], w[t + 3, 3]
+    r0, r1, r2, r3 = np.uint64(r0), np.uint64(r1), np.uint64(r2), np.uint64(r3)
+    B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
+    for p in range(np.uint64(length)):
+        x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+        acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+        acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+        acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+        acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+
+
+@kernel
+def _add_one_tap(acc, length, x, r, w, t):
+    """What is left over when the number of taps is no multiple of four."""
+    a, b, c, d = w[t, 0], w[t, 1], w[t, 2], w[t, 3]
+    r = np.uint64(r)
+    B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
+    for p in range(np.uint64(length)):
+        v = x[r + p]
+        acc[p] = acc[p] + a * v
+        acc[p + B] = acc[p + B] + b * v
+        acc[p + C] = acc[p + C] + c * v
+        acc[p + D] = acc[p + D] + d * v
+
+
+@kernel(parallel=True)
+def _correlate(x, image, row, reads, weight, channel, picks, bias, out, height, width, top, left, step, add):
+    """The sum at the heart of both directions of a convolution.
+
+    For every image n, channel c, row h < height and column w < width
+
+        out[n, c, top + h * step, left + w * step]
+            = bias[c] + sum over taps t of weight[c * channel + picks[t]] * x[n * image + reads[t] + h * row + w]
+
+    A tap is one term of the formula's triple sum: which number of the planes it reads, which weight it picks.
+    Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
+    step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
+    end of one row of outputs and the start of the next are computed as well, and dropped.
+
+    A job owns up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
+    fastest cache while all taps are added to them, in the formula's order.
+    """
+    batch, channels = out.shape[0], out.shape[1]
+    positions = (height - 1) * row + width
+    most = BAND * 4 // max(4, x.itemsize)    # float64 sums are twice as long: half as many stay in the cache
+    bands = (positions + most - 1) // most
+    band = ((positions + bands - 1) // bands + 15) // 16 * 16
+    groups = (channels + GROUP - 1) // GROUP
+    taps = len(reads)
+    for job in prange(batch * bands * groups):
+        n, first, c0 = job // (bands * groups), job // groups % bands * band, job % groups * GROUP
+        length = min(band, positions - first)
+        # A multiple of 16 spares the compiler's loop over what is left; only the last image has no room for it.
+        start = n * image + first
+        if start + reads[taps - 1] + (length + 15) // 16 * 16 <= len(x):
+            length = (length + 15) // 16 * 16
+
+        w = np.empty((taps, GROUP), dtype=x.dtype)
+        acc = np.empty(GROUP * PITCH, dtype=x.dtype)
+        for c in range(GROUP):
+            mine = min(c0 + c, channels - 1)    # a group beyond the last channel repeats it and is not stored
+            for t in range(taps):
+                w[t, c] = weight[mine * channel + picks[t]]
+            for p in range(c * PITCH, c * PITCH + length):
+                acc[p] = bias[mine]
+
+        t = 0
+        while t + 4 <= taps:
+            _add_four_taps(acc, length, x, start + reads[t], start + reads[t + 1], start + reads[t + 2],
+                           start + reads[t + 3], w, t)
+            t += 4
+        while t < taps:
+            _add_one_tap(acc, length, x, start + reads[t], w, t)
+            t += 1
+
+        for c in range(min(GROUP, channels - c0)):
+            for h in range(first // row, min(height, (first + band - 1) // row + 1)):
+                shift = c * PITCH + h * row - first
+                for p in range(max(0, first - h * row), min(width, first + band - h * row)):
+                    if add:
+                        out[n, c0 + c, top + h * step, left + p * step] += acc[shift + p]
+                    else:
+                        out[n, c0 + c, top + h * step, left + p * step] = acc[shift + p]
+
+
+@kernel(parallel=True)
+def _phases(planes, step):
+    """Split each plane into step * step smaller ones that a stride of `step` reads one after another.
+
+    planes (N, C, H, W) becomes (N, C, step, step, ceil(H / step), ceil(W / step)), where
+    [n, c, i, j, h, w] = planes[n, c, h * step + i, w * step + j]: a window that moves by `step` in the plane
+    moves by one in each of its parts.  Past the edge there are zeros, which no output that is kept reads.
+    """
+    batch, channels, height, width = planes.shape
+    rows, columns = (height + step - 1) // step, (width + step - 1) // step
+    parts = np.empty((batch, channels, step, step, rows, columns), dtype=planes.dtype)
+    for plane in prange(batch * channels):
+        n, c = plane // channels, plane % channels
+        for i in range(step):
+            for j in range(step):
+                for h in range(rows):
+                    for w in range(columns):
+                        if h * step + i < height and w * step + j < width:
+                            parts[n, c, i, j, h, w] = planes[n, c, h * step + i, w * step + j]
+                        else:
+                            parts[n, c, i, j, h, w] = 0
+    return parts
+
+
+@kernel(parallel=True)
+def _pad(planes, padding, out):
+    """out (N, C, H + 2P, W + 2P) = planes (N, C, H, W) with P rows and columns of zeros around each plane."""
+    batch, channels, height, width = planes.shape
+    for plane in prange(batch * channels):
+        n, c = plane // channels, plane % channels
+        for h in range(height + 2 * padding):
+            inside = padding <= h < padding + height
+            for w in range(padding):
+                out[n, c, h, w] = 0
+                out[n, c, h, padding + width + w] = 0
+            for w in range(width):
+                out[n, c, h, padding + w] = planes[n, c, h - padding, w] if inside else 0
+
+
+# -------------------------------------------------------------------------------------------- pooling loops
+
+@kernel
+def _take_larger(best, index, row, first, stride, candidate):
+    """Where row[first + w * stride] beats best[w], put it there and note its index in the window.
+
+    Not `larger than` but `not smaller than or equal`, so that a NaN wins, as in np.max; the first one stays.
+    """
+    for w in range(len(best)):
+        x = row[first + w * stride]
+        wins = not (x <= best[w]) and best[w] == best[w]
+        best[w] = x if wins else best[w]
+        index[w] = candidate if wins else index[w]
+
+
+# ------------------------------------------------------------------------------------ fully connected loops
+
+@kernel
+def _add_products(acc, x, n, w, o):
+    """acc[t] += sum over s of x[n, s + t] * w[o, s + t], s in steps of LANES; the rest goes to acc[0]."""
+    length = x.shape[1]
+    whole = length // LANES * LANES
+    for s in range(0, whole, LANES):
+        for t in range(LANES):
+            acc[t] += x[n, s + t] * w[o, s + t]
+    for s in range(whole, length):
+        acc[0] += x[n, s] * w[o, s]
+
+
+@kernel
+def _add_four_rows(out, n, first, last, rows, r, a, b, c, d):
+    """out[n, i] += a * rows[r, i] + b * rows[r + 1, i] + c * rows[r + 2, i] + d * rows[r + 3, i]."""
+    for i in range(first, last):
+        out[n, i] = out[n, i] + a * rows[r, i] + b * rows[r + 1, i] + c * rows[r + 2, i] + d * rows[r + 3, i]
+
+
+@kernel
+def _add_one_row(out, n, first, last, rows, r, a):
+    """out[n, i] += a * rows[r, i]: what is left over when the rows are no multiple of four."""
+    for i in range(first, last):
+        out[n, i] = out[n, i] + a * rows[r, i]
+
+
+@kernel(parallel=True)
+def _fully_connect(inputs, outputs, weight, bias):
+    """outputs[n, o] = bias[o] + sum over i of weight[o, i] * inputs[n, i].
+
+    LANES partial sums run side by side and are folded in halves at the end: always the same tree.
+    """
+    for o in prange(outputs.shape[1]):
+        acc = np.empty(LANES, dtype=outputs.dtype)
+        for n in range(outputs.shape[0]):
+            for t in range(LANES):
+                acc[t] = 0
+            _add_products(acc, inputs, n, weight, o)
+            half = LANES // 2
+            while half > 0:
+                for t in range(half):
+                    acc[t] += acc[t + half]
+                half //= 2
+            outputs[n, o] = acc[0] + bias[o]
+
+
+@kernel(parallel=True)
+def _fully_connect_back(out_grad, in_grad, weight):
+    """in_grad[n, i] = sum over o of out_grad[n, o] * weight[o, i].
+
+    A job owns some columns i of in_grad and walks down the rows of the weight, four at a time.
+    """
+    batch, out_features = out_grad.shape
+    in_features = in_grad.shape[1]
+    width = 512
+    for job in prange((in_features + width - 1) // width):
+        first, last = job * width, min(in_features, job * width + width)
+        for n in range(batch):
+            for i in range(first, last):
+                in_grad[n, i] = 0
+        whole = out_features // GROUP * GROUP
+        for o in range(0, whole, GROUP):
+            for n in range(batch):
+                _add_four_rows(in_grad, n, first, last, weight, o,
+                               out_grad[n, o], out_grad[n, o + 1], out_grad[n, o + 2], out_grad[n, o + 3])
+        for o in range(whole, out_features):
+            for n in range(batch):
+                _add_one_row(in_grad, n, first, last, weight, o, out_grad[n, o])
+
+
+@kernel(parallel=True)
+def _fully_connect_grad(out_grad, inputs, grad_weight, grad_bias):
+    """grad_weight[o, i] = sum over n of out_grad[n, o] * inputs[n, i]; grad_bias[o] = sum of out_grad[n, o]."""
+    batch, in_features = inputs.shape
+    whole = batch // GROUP * GROUP
+    for o in prange(out_grad.shape[1]):
+        grad_bias[o] = 0
+        for n in range(batch):
+            grad_bias[o] += out_grad[n, o]
+        for i in range(in_features):
+            grad_weight[o, i] = 0
+        for n in range(0, whole, GROUP):
+            _add_four_rows(grad_weight, o, 0, in_features, inputs, n,
+                           out_grad[n, o], out_grad[n + 1, o], out_grad[n + 2, o], out_grad[n + 3, o])
+        for n in range(whole, batch):
+            _add_one_row(grad_weight, o, 0, in_features, inputs, n, out_grad[n, o])
+
+
+@kernel(parallel=True)
+def _descend(parameter, gradient, lr, out):
+    """out = parameter - lr * gradient, number by number."""
+    for p in prange(len(out)):
+        out[p] = parameter[p] - lr * gradient[p]
+
+
+# ------------------------------------------------------------------------------- element-by-element loops
+
+@kernel(parallel=True)
+def _relu(inputs, outputs, positive):
+    """outputs = max(0, inputs); a NaN stays one.  positive notes where the gradient will pass."""
+    for p in prange(len(inputs)):
+        outputs[p] = 0 if inputs[p] <= 0 else inputs[p]
+        positive[p] = inputs[p] > 0
+
+
+@kernel(parallel=True)
+def _relu_back(out_grad, in_grad, positive):
+    """in_grad = out_grad where the input was positive, else 0."""
+    for p in prange(len(out_grad)):
+        in_grad[p] = out_grad[p] if positive[p] else 0
+
+
+@kernel(parallel=True)
+def _flatten(inputs, outputs):
+    """outputs[n, (c * H + h) * W + w] = inputs[n, c, h, w]."""
+    batch, channels, height, width = inputs.shape
+    for plane in prange(batch * channels):
+        n, c = plane // channels, plane % channels
+        for h in range(height):
+            for w in range(width):
+                outputs[n, (c * height + h) * width + w] = inputs[n, c, h, w]
+
+
+@kernel(parallel=True)
+def _unflatten(out_grad, in_grad):
+    """in_grad[n, c, h, w] = out_grad[n, (c * H + h) * W + w]."""
+    batch, channels, height, width = in_grad.shape
+    for plane in prange(batch * channels):
+        n, c = plane // channels, plane % channels
+        for h in range(height):
+            for w in range(width):
+                in_grad[n, c, h, w] = out_grad[n, (c * height + h) * width + w]
+
+
+# ------------------------------------------------------------------------------------------------- checking
+
+def _checked(array, name, ndim=None, shape=None):
+    """The array as the loops want it, float32 or float64 and contiguous; ValueError or TypeError names it."""
+    array = np.asarray(array)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError('%s: float32 or float64 numbers expected, got %s' % (name, array.dtype))
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError('%s: %d dimensions expected, got shape %s' % (name, ndim, array.shape))
+    if shape is not None and array.shape != shape:
+        raise ValueError('%s: shape %s expected, got %s' % (name, shape, array.shape))
+    return np.ascontiguousarray(array)
+
+
+def _windows(length, kernel_size, stride, name):
+    """How many windows of kernel_size fit into length, stride apart: floor((length - K) / S + 1)."""
+    if length < kernel_size:
+        raise ValueError('%s: the kernel of %d does not fit into %d' % (name, kernel_size, length))
+    return (length - kernel_size) // stride + 1
+
+
+def _at_least(least, **sizes):
+    for name, size in sizes.items():
+        if size != int(size) or size < least:
+            raise ValueError('%s: a whole number of at least %d expected, got %r' % (name, least, size))
+
+
+def _after_forward(state):
+    """The state that forward left for backward; RuntimeError if there was no forward."""
+    if state is None:
+        raise RuntimeError('backward needs a forward first: it uses what forward saw')
+    return state
+
+
+class _Parameters(object):
+    """A weight, drawn when it is first read, and a bias: what the two layers that learn have in common.
+
+    A network that loads a checkpoint never reads its initial weights, so 134 million random numbers are
+    not drawn in vain.
+    """
+
+    def __init__(self, weight_shape):
+        self.weight_shape = weight_shape
+        self.bias = np.zeros(weight_shape[:1])
+        self._weight = None
+
+    @property
+    def weight(self):
+        """ndarray: the weight; before it is set or loaded, drawn from N(0, 0.01**2) with numpy's global seed."""
+        if self._weight is None:
+            self._weight = np.random.normal(loc=0.0, scale=0.01, size=self.weight_shape)
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight):
+        self._weight = weight
+
+    def load_params(self, weight, bias):
+        """Take weight and bias as they are, without copying; AssertionError if a shape does not fit."""
+        assert self.weight_shape == weight.shape, 'weight: %s expected, got %s' % (self.weight_shape, weight.shape)
+        assert self.bias.shape == bias.shape, 'bias: %s expected, got %s' % (self.bias.shape, bias.shape)
+        self.weight = weight
+        self.bias = bias
+
+    def _typed(self, dtype):
+        """Weight and bias, contiguous and of the dtype that a forward pass computes in."""
+        return (np.ascontiguousarray(self.weight, dtype=dtype), np.ascontiguousarray(self.bias, dtype=dtype))
+
+
+# ------------------------------------------------------------------------------------------------ the layers
+
+class ConvolutionLayer(_Parameters):
+    """Convolution of planes, handbook 2.2.1.1 and 2.5.2.1.
+
+    Y(n, c, h, w) = Bias(c) + sum over k, i, j of Weight(c, k, i, j) * X_pad(n, k, h * S + i, w * S + j)
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Planes read, C_in, and planes written, C_out.
+    kernel_size : int
+        Side K of the square window.
+    padding : int
+        Rows and columns of zeros P around each plane.
+    stride : int
+        Step S of the window.
+
+    Attributes
+    ----------
+    weight : ndarray (C_out, C_in, K, K)
+    bias : ndarray (C_out,)
+    input_shape : tuple
+        Shape of the last input, for backward.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, padding=0, stride=1):
+        _at_least(1, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride)
+        _at_least(0, padding=padding)
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size))
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.padding = padding
+        self.stride = stride
+        self.input_shape = None
+        self.output_shape = None
+
+    def forward(self, inputs):
+        """Convolve.
+
+        Parameters
+        ----------
+        inputs : ndarray (N, C_in, H, W), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, C_out, H_out, W_out), dtype of inputs
+            H_out = floor((H + 2P - K) / S + 1), W_out alike.
+        """
+        inputs = _checked(inputs, 'inputs', ndim=4)
+        batch, channels, height, width = inputs.shape
+        if channels != self.in_channels:
+            raise ValueError('inputs: %d channels expected, got shape %s' % (self.in_channels, inputs.shape))
+        pad_height, pad_width = height + 2 * self.padding, width + 2 * self.padding
+        out_height = _windows(pad_height, self.kernel_size, self.stride, 'inputs')
+        out_width = _windows(pad_width, self.kernel_size, self.stride, 'inputs')
+        self.input_shape = inputs.shape
+        self.output_shape = (batch, self.out_channels, out_height, out_width)
+
+        inputs_pad = np.empty((batch, channels, pad_height, pad_width), dtype=inputs.dtype)
+        _pad(inputs, self.padding, inputs_pad)
+        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
+        weight, bias = self._typed(inputs.dtype)
+        return self._conv(inputs_pad, outputs, weight, bias, self.kernel_size, self.stride)
+
+    def backward(self, out_grad):
+        """Gradient of the inputs.
+
+        Parameters
+        ----------
+        out_grad : ndarray (N, C_out, H_out, W_out), float32 or float64
+            Gradient of the loss with respect to the output of the last forward.
+
+        Returns
+        -------
+        ndarray (N, C_in, H, W), float64
+        """
+        batch, channels, height, width = _after_forward(self.input_shape)
+        out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
+        P = self.padding
+        in_grad = np.zeros((batch, channels, height + 2 * P, width + 2 * P))
+        in_grad = self._conv_back(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride)
+        return in_grad[:, :, P:height + P, P:width + P]
+
+    @staticmethod
+    @kernel
+    def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
+        """Fill outputs with the convolution of inputs_pad and return them.
+
+        A tap is a triple (k, i, j), in the formula's order: it reads plane k, shifted by i rows and j columns.
+        With a stride, the shift picks one of the plane's parts (see _phases) and a smaller shift in it.
+        """
+        batch, in_channels, height, width = inputs_pad.shape
+        out_height, out_width = outputs.shape[2:]
+        S = stride
+        rows, columns = (height + S - 1) // S, (width + S - 1) // S
+        taps = in_channels * kernel_size * kernel_size
+        reads = np.empty(taps, dtype=np.int64)
+        picks = np.arange(taps)
+        t = 0
+        for k in range(in_channels):
+            for i in range(kernel_size):
+                for j in range(kernel_size):
+                    part = (k * S + i % S) * S + j % S
+                    reads[t] = (part * rows + i // S) * columns + j // S
+                    t += 1
+        image = in_channels * S * S * rows * columns
+        x = _phases(inputs_pad, S).reshape(-1) if S > 1 else np.ascontiguousarray(inputs_pad).reshape(-1)
+        _correlate(x, image, columns, reads, np.ascontiguousarray(weight).reshape(-1), taps, picks, bias,
+                   outputs, out_height, out_width, 0, 0, 1, False)
+        return outputs
+
+    @staticmethod
+    @kernel
+    def _conv_back(out_grad, in_grad, weight, kernel_size, stride):
+        """Add the gradient of the padded inputs to in_grad and return it.
+
+        Forward, X_pad(h * S + i) meets Y(h).  Backward, the gradient of X_pad(q * S + a), 0 <= a < S, collects
+        from Y(q - u) for every i = u * S + a < K: the same sum with the window's taps in reverse, once for each
+        remainder a of the rows and b of the columns.  The planes of out_grad get a frame of zeros, wide enough
+        for the largest u.
+        """
+        batch, out_channels, out_height, out_width = out_grad.shape
+        in_channels, pad_height, pad_width = in_grad.shape[1:]
+        K, S = kernel_size, stride
+        frame = (K - 1) // S
+        rows, columns = out_height + 2 * frame, out_width + 2 * frame
+        framed = np.empty((batch, out_channels, rows, columns), dtype=in_grad.dtype)
+        _pad(out_grad, frame, framed)
+        nothing = np.zeros(in_channels, dtype=in_grad.dtype)
+        weights = np.ascontiguousarray(weight).reshape(-1)
+        for a in range(min(S, K)):
+            for b in range(min(S, K)):
+                tall, wide = (K - 1 - a) // S + 1, (K - 1 - b) // S + 1
+                reads = np.empty(out_channels * tall * wide, dtype=np.int64)
+                picks = np.empty(out_channels * tall * wide, dtype=np.int64)
+                t = 0
+                for c in range(out_channels):
+                    for u in range(tall - 1, -1, -1):
+                        for v in range(wide - 1, -1, -1):
+                            reads[t] = (c * rows + frame - u) * columns + frame - v
+                            picks[t] = (c * in_channels * K + u * S + a) * K + v * S + b
+                            t += 1
+                _correlate(framed.reshape(-1), out_channels * rows * columns, columns, reads, weights, K * K, picks,
+                           nothing, in_grad, out_height + tall - 1, out_width + wide - 1, a, b, S, True)
+        return in_grad
+
+
+class MaxPoolLayer(object):
+    """The largest number in each window, handbook 2.2.1.2 and 2.5.2.2.
+
+    Y(n, c, h, w) = max over i, j < K of X(n, c, h * S + i, w * S + j)
+
+    Parameters
+    ----------
+    kernel_size, stride : int
+        Side K and step S of the square window.
+
+    Attributes
+    ----------
+    argidx : ndarray (N, C, H_out, W_out), int32
+        Where in its window each output was found: i * K + j, the first in row-major order among equals.
+    input_shape, output_shape : tuple
+        Of the last forward, for backward.
+    """
+
+    def __init__(self, kernel_size=2, stride=2):
+        _at_least(1, kernel_size=kernel_size, stride=stride)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.argidx = None
+        self.input_shape = None
+        self.output_shape = None
+
+    def forward(self, inputs):
+        """Pool: ndarray (N, C, H, W) to (N, C, H_out, W_out), dtype of inputs; H_out = floor((H - K) / S + 1)."""
+        inputs = _checked(inputs, 'inputs', ndim=4)
+        batch, channels, height, width = inputs.shape
+        self.output_shape = (batch, channels, _windows(height, self.kernel_size, self.stride, 'inputs'),
+                             _windows(width, self.kernel_size, self.stride, 'inputs'))
+        self.input_shape = inputs.shape
+        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
+        argidx = np.empty(self.output_shape, dtype=np.int32)
+        outputs, self.argidx = self._pool(outputs, inputs, argidx, self.kernel_size, self.stride)
+        return outputs
+
+    def backward(self, out_grad):
+        """Gradient of the inputs: ndarray (N, C, H_out, W_out) to (N, C, H, W), float64."""
+        in_grad = np.zeros(_after_forward(self.input_shape))
+        out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
+        return self._pool_back(out_grad, in_grad, self.argidx, self.kernel_size, self.stride)
+
+    @staticmethod
+    @kernel(parallel=True)
+    def _pool(outputs, inputs, argidx, kernel_size, stride):
+        """Fill outputs and argidx and return both: a row of windows at a time, one (i, j) after another."""
+        batch, channels, out_height, out_width = outputs.shape
+        for plane in prange(batch * channels):
+            n, c = plane // channels, plane % channels
+            for h in range(out_height):
+                for w in range(out_width):
+                    outputs[n, c, h, w] = inputs[n, c, h * stride, w * stride]
+                    argidx[n, c, h, w] = 0
+                for i in range(kernel_size):
+                    for j in range(kernel_size):
+                        if i + j > 0:
+                            _take_larger(outputs[n, c, h], argidx[n, c, h], inputs[n, c, h * stride + i], j, stride,
+                                         np.int32(i * kernel_size + j))
+        return outputs, argidx
+
+    @staticmethod
+    @kernel(parallel=True)
+    def _pool_back(out_grad, in_grad, argidx, kernel_size, stride):
+        """Add each gradient to in_grad where its maximum was found, and return in_grad.
+
+        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.
+        """
+        batch, channels, out_height, out_width = out_grad.shape
+        for plane in prange(batch * channels):
+            n, c = plane // channels, plane % channels
+            for h in range(out_height):
+                for w in range(out_width):
+                    i, j = argidx[n, c, h, w] // kernel_size, argidx[n, c, h, w] % kernel_size
+                    in_grad[n, c, h * stride + i, w * stride + j] += out_grad[n, c, h, w]
+        return in_grad
+
+
+class ReluLayer(object):
+    """Y = max(0, X), number by number, for any shape; the gradient at exactly 0 is 0.  Handbook 2.2.1, lab 1."""
+
+    def __init__(self):
+        self.positive = None
+
+    def forward(self, inputs):
+        """A new array of the shape and dtype of inputs."""
+        inputs = _checked(inputs, 'inputs')
+        outputs = np.empty_like(inputs)
+        self.positive = np.empty(inputs.shape, dtype=np.bool_)
+        _relu(inputs.reshape(-1), outputs.reshape(-1), self.positive.reshape(-1))
+        return outputs
+
+    def backward(self, out_grad):
+        """A new array of the shape and dtype of out_grad."""
+        out_grad = _checked(out_grad, 'out_grad', shape=_after_forward(self.positive).shape)
+        in_grad = np.empty_like(out_grad)
+        _relu_back(out_grad.reshape(-1), in_grad.reshape(-1), self.positive.reshape(-1))
+        return in_grad
+
+
+class FlattenLayer(object):
+    """(N, C, H, W) to (N, C * H * W) and back, handbook 2.2.1.3 and 2.5.2.3."""
+
+    def __init__(self):
+        self.input_shape = None
+
+    def forward(self, inputs):
+        """A new array (N, C * H * W), dtype of inputs."""
+        inputs = _checked(inputs, 'inputs', ndim=4)
+        self.input_shape = inputs.shape
+        batch, channels, height, width = inputs.shape
+        outputs = np.empty((batch, channels * height * width), dtype=inputs.dtype)
+        _flatten(inputs, outputs)
+        return outputs
+
+    def backward(self, out_grad):
+        """A new array of the shape of the last inputs, dtype of out_grad."""
+        batch, channels, height, width = _after_forward(self.input_shape)
+        out_grad = _checked(out_grad, 'out_grad', shape=(batch, channels * height * width))
+        in_grad = np.empty(self.input_shape, dtype=out_grad.dtype)
+        _unflatten(out_grad, in_grad)
+        return in_grad
+
+
+class FullyConnectLayer(_Parameters):
+    """Y = X Weight^T + Bias, lab 1.
+
+    Y(n, o) = Bias(o) + sum over i of Weight(o, i) * X(n, i)
+
+    Parameters
+    ----------
+    in_features, out_features : int
+
+    Attributes
+    ----------
+    weight : ndarray (out_features, in_features)
+    bias : ndarray (out_features,)
+    grad_weight, grad_bias : ndarray
+        Gradients of weight and bias for the last backward.  They are computed when they are read: a pass back
+        to the picture alone does not need 100 million of them.
+    """
+
+    def __init__(self, in_features, out_features):
+        _at_least(1, in_features=in_features, out_features=out_features)
+        super().__init__((out_features, in_features))
+        self.in_features = in_features
+        self.out_features = out_features
+        self.inputs = None
+        self.out_grad = None
+        self._gradients = None
+
+    def forward(self, inputs):
+        """ndarray (N, in_features) to (N, out_features), dtype of inputs."""
+        inputs = _checked(inputs, 'inputs', ndim=2)
+        if inputs.shape[1] != self.in_features:
+            raise ValueError('inputs: %d features expected, got shape %s' % (self.in_features, inputs.shape))
+        self.inputs = inputs
+        outputs = np.empty((len(inputs), self.out_features), dtype=inputs.dtype)
+        _fully_connect(inputs, outputs, *self._typed(inputs.dtype))
+        return outputs
+
+    def backward(self, out_grad):
+        """Gradient of the inputs: ndarray (N, out_features) to (N, in_features), dtype of out_grad."""
+        batch = len(_after_forward(self.inputs))
+        self.out_grad = _checked(out_grad, 'out_grad', shape=(batch, self.out_features))
+        self._gradients = None
+        in_grad = np.empty((batch, self.in_features), dtype=self.out_grad.dtype)
+        _fully_connect_back(self.out_grad, in_grad, np.ascontiguousarray(self.weight))
+        return in_grad
+
+    def _parameter_gradients(self):
+        if self._gradients is None:
+            out_grad = _after_forward(self.out_grad)
+            grad_weight = np.empty(self.weight_shape, dtype=out_grad.dtype)
+            grad_bias = np.empty(self.out_features, dtype=out_grad.dtype)
+            _fully_connect_grad(out_grad, self.inputs.astype(out_grad.dtype, copy=False), grad_weight, grad_bias)
+            self._gradients = grad_weight, grad_bias
+        return self._gradients
+
+    @property
+    def grad_weight(self):
+        """ndarray (out_features, in_features): sum over n of out_grad(n, o) * X(n, i)."""
+        return self._parameter_gradients()[0]
+
+    @property
+    def grad_bias(self):
+        """ndarray (out_features,): sum over n of out_grad(n, o)."""
+        return self._parameter_gradients()[1]
+
+    def update_params(self, lr):
+        """One step of gradient descent: weight - lr * grad_weight and bias - lr * grad_bias, in new arrays."""
+        for name, gradient in (('weight', self.grad_weight), ('bias', self.grad_bias)):
+            old = np.ascontiguousarray(getattr(self, name))
+            new = np.empty_like(old)
+            _descend(old.reshape(-1), gradient.reshape(-1), lr, new.reshape(-1))
+            setattr(self, name, new)
