@@ -114,3 +114,96 @@ class VGG16(object):
         for name, params in ckpt.items():
             self.graph_layers[name].load_params(params['weight'], params['bias'])
             print('reloaded success')
+
+    def summary(self, input_shape=(3, 224, 224)):
+        """Parameters and operations, layer by layer, from shapes alone: no weight is drawn and nothing computed.
+
+        A layer's parameters are its weights and biases.  Its operations are multiply-accumulates (MACs) of weights:
+        each weight takes part once in every output that it serves, which are all H_out * W_out positions of a plane
+        in a convolution, and one number in a fully connected layer.
+
+        Parameters
+        ----------
+        input_shape : tuple of int
+            Channels, height and width of one picture.
+
+        Returns
+        -------
+        str
+            A table, its totals, and the memory that parameters and layer outputs take as float32.
+
+        Raises
+        ------
+        ValueError
+            If a layer cannot take what the layer before it gives.
+        """
+        rows, shape = [], tuple(input_shape)
+        for name, layer in self.graph_layers.items():
+            if not _takes(layer, shape):
+                raise ValueError('%s: cannot take an input of %s' % (name, _text(shape)))
+            window, out, weights, biases, served = _count(layer, shape)
+            rows.append((name, shape, out, window, weights + biases, weights * served))
+            shape = out
+        parameters, macs = sum(row[4] for row in rows), sum(row[5] for row in rows)
+        outputs = sum(_size(row[2]) for row in rows)
+
+        line = '%-16s%-17s%-17s%-7s%12s%9s%16s%9s'
+        head = line % ('layer', 'input', 'output', 'K P S', 'parameters', 'share', 'MACs', 'share')
+        lines = [head, '-' * len(head)]
+        for name, shape, out, window, *counts in rows:
+            cells = [name, _text(shape), _text(out), window]
+            for count, total in zip(counts, (parameters, macs)):
+                cells += [format(count, ','), '%.2f %%' % (100 * count / total)] if count else ['', '']
+            lines.append((line % tuple(cells)).rstrip())
+        lines.append('-' * len(head))
+        for text, count, size in (
+                ('parameters', parameters, '%.1f MiB as float32' % (parameters * 4 / 2**20)),
+                ('multiply-accumulates', macs, '%.2f GFLOP at 2 FLOPs each; weights only' % (macs * 2 / 1e9)),
+                ('outputs of all layers', outputs, '%.1f MiB as float32, for one picture' % (outputs * 4 / 2**20))):
+            lines.append('%-22s %15s   = %s' % (text, format(count, ','), size))
+        return '\n'.join(lines)
+
+
+def _size(shape):
+    """How many numbers a shape holds."""
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _text(shape):
+    return ' x '.join(str(length) for length in shape)
+
+
+def _takes(layer, shape):
+    """Whether the layer can be given one picture of this shape."""
+    if isinstance(layer, FullyConnectLayer):
+        return shape == (layer.in_features,)
+    if isinstance(layer, ReluLayer):
+        return True
+    if isinstance(layer, FlattenLayer):
+        return len(shape) == 3
+    return (len(shape) == 3 and shape[0] == getattr(layer, 'in_channels', shape[0])
+            and min(shape[1:]) + 2 * getattr(layer, 'padding', 0) >= layer.kernel_size)
+
+
+def _count(layer, shape):
+    """(window as text, output shape, weights, biases, outputs that each weight serves) of a layer given `shape`."""
+    if isinstance(layer, FullyConnectLayer):
+        return '', (layer.out_features,), layer.out_features * layer.in_features, layer.out_features, 1
+    if isinstance(layer, FlattenLayer):
+        return '', (_size(shape),), 0, 0, 0
+    if isinstance(layer, ReluLayer):
+        return '', shape, 0, 0, 0
+    K, S = layer.kernel_size, layer.stride
+    P = getattr(layer, 'padding', 0)
+    height, width = (shape[1] + 2 * P - K) // S + 1, (shape[2] + 2 * P - K) // S + 1
+    if isinstance(layer, MaxPoolLayer):
+        return '%d - %d' % (K, S), (shape[0], height, width), 0, 0, 0
+    return ('%d %d %d' % (K, P, S), (layer.out_channels, height, width),
+            layer.out_channels * layer.in_channels * K * K, layer.out_channels, height * width)
+
+
+if __name__ == '__main__':
+    print(VGG16().summary())
