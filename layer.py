@@ -24,7 +24,7 @@ FLAGS = {'nopython': True, 'fastmath': {'contract'}}
 GROUP = 4      # output channels, rows or samples that share each number that is read
 BAND = 1024
 PITCH = BAND + 48    # between the sums of two channels: exactly 4096 bytes apart, they would evict each other
-LANES = 64           # partial sums of a dot product
+LANES = 512          # partial sums of a dot product
 
 
 def kernel(function=None, parallel=False):
@@ -192,15 +192,11 @@ def _take_larger(best, index, row, first, stride, candidate):
 # ------------------------------------------------------------------------------------ fully connected loops
 
 @kernel
-def _add_products(acc, x, n, w, o):
-    """acc[t] += sum over s of x[n, s + t] * w[o, s + t], s in steps of LANES; the rest goes to acc[0]."""
-    length = x.shape[1]
-    whole = length // LANES * LANES
-    for s in range(0, whole, LANES):
-        for t in range(LANES):
-            acc[t] += x[n, s + t] * w[o, s + t]
-    for s in range(whole, length):
-        acc[0] += x[n, s] * w[o, s]
+def _add_products(acc, length, x, r, w, q):
+    """acc[p] += x[r + p] * w[q + p] for p < length."""
+    r, q = np.uint64(r), np.uint64(q)
+    for p in range(np.uint64(length)):
+        acc[p] = acc[p] + x[r + p] * w[q + p]
 
 
 @kernel
@@ -221,18 +217,21 @@ def _add_one_row(out, n, first, last, rows, r, a):
 def _fully_connect(inputs, outputs, weight, bias):
     """outputs[n, o] = bias[o] + sum over i of weight[o, i] * inputs[n, i].
 
-    LANES partial sums run side by side and are folded in halves at the end: always the same tree.
+    LANES partial sums run side by side, as no processor adds fast to one number; in the end they are folded in
+    halves.  Always the same sums in the same tree.
     """
+    batch, features = inputs.shape
+    x, w = inputs.reshape(-1), weight.reshape(-1)
     for o in prange(outputs.shape[1]):
         acc = np.empty(LANES, dtype=outputs.dtype)
-        for n in range(outputs.shape[0]):
-            for t in range(LANES):
-                acc[t] = 0
-            _add_products(acc, inputs, n, weight, o)
+        for n in range(batch):
+            acc[:] = 0
+            for i in range(0, features, LANES):
+                _add_products(acc, min(LANES, features - i), x, n * features + i, w, o * features + i)
             half = LANES // 2
             while half > 0:
-                for t in range(half):
-                    acc[t] += acc[t + half]
+                for p in range(half):
+                    acc[p] += acc[p + half]
                 half //= 2
             outputs[n, o] = acc[0] + bias[o]
 
