@@ -1,0 +1,359 @@
+"""Each layer, forward and backward, against the formulas, against others' code and against numerical gradients."""
+import numpy as np
+import pytest
+from scipy.signal import correlate
+
+import textbook
+from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+forward_stage = pytest.mark.stage80
+backward_stage = pytest.mark.stage100
+needs_torch = pytest.mark.skipif(torch is None, reason='torch is not installed')
+
+# batch, in_channels, out_channels, height, width, kernel_size, padding, stride
+CONVOLUTIONS = [
+    (1, 1, 1, 1, 1, 1, 0, 1),
+    (1, 3, 4, 8, 8, 3, 1, 1),
+    (3, 4, 8, 14, 14, 3, 1, 1),       # a plane in one band, groups of four channels
+    (2, 5, 9, 9, 11, 3, 1, 1),        # channels beyond the last group
+    (1, 3, 5, 40, 37, 3, 1, 1),       # a plane in several bands
+    (1, 2, 2, 3, 1500, 3, 1, 1),      # a row longer than a band
+    (1, 2, 3, 2600, 1, 3, 1, 1),
+    (2, 3, 4, 12, 7, 5, 2, 2),
+    (1, 2, 3, 13, 10, 2, 0, 3),       # a stride larger than the kernel: some pixels are never read
+    (1, 4, 3, 7, 7, 7, 3, 2),
+    (2, 8, 1, 6, 5, 1, 0, 1),
+    (1, 3, 2, 9, 9, 1, 2, 2),
+    (1, 1, 6, 5, 40, 4, 1, 1),
+    (0, 2, 3, 6, 6, 3, 1, 1),
+]
+# batch, channels, height, width, kernel_size, stride
+POOLINGS = [(1, 1, 2, 2, 2, 2), (2, 3, 8, 6, 2, 2), (1, 2, 7, 9, 2, 2), (2, 2, 9, 9, 3, 2), (1, 3, 8, 40, 3, 1),
+            (1, 2, 11, 10, 2, 3), (3, 1, 5, 5, 5, 5), (1, 4, 6, 6, 1, 1), (0, 2, 4, 4, 2, 2)]
+# batch, in_features, out_features
+CONNECTIONS = [(1, 1, 1), (1, 7, 4), (3, 512, 9), (2, 1023, 6), (5, 1100, 13), (8, 40, 5), (0, 6, 3)]
+
+
+def numbers(*shape, **kind):
+    """Random numbers, a different but fixed set for every shape."""
+    seed = sum(size * 31**place for place, size in enumerate(shape)) + kind.get('seed', 0)
+    return np.random.RandomState(seed % 2**32).randn(*shape).astype(kind.get('dtype', np.float64))
+
+
+def convolution(case, dtype=np.float64):
+    """A layer with random parameters, an input, and that input padded."""
+    batch, in_channels, out_channels, height, width, kernel_size, padding, stride = case
+    layer = ConvolutionLayer(in_channels, out_channels, kernel_size, padding, stride)
+    layer.load_params(numbers(out_channels, in_channels, kernel_size, kernel_size, dtype=dtype),
+                      numbers(out_channels, dtype=dtype))
+    inputs = numbers(batch, in_channels, height, width, dtype=dtype)
+    frame = ((0, 0), (0, 0), (padding, padding), (padding, padding))
+    return layer, inputs, np.pad(inputs, frame, mode='constant')
+
+
+def connection(case, dtype=np.float64):
+    batch, in_features, out_features = case
+    layer = FullyConnectLayer(in_features, out_features)
+    layer.load_params(numbers(out_features, in_features, dtype=dtype), numbers(out_features, dtype=dtype))
+    return layer, numbers(batch, in_features, dtype=dtype)
+
+
+def assert_numerical_gradient(forward, inputs, out_grad, gradient):
+    """d sum(out_grad * forward(x)) / dx by central differences, at up to 40 places, in float64."""
+    assert np.abs(gradient).max() > 0
+    step = 1e-6
+    for place in np.random.RandomState(1).permutation(inputs.size)[:40]:
+        moved = np.zeros(inputs.size)
+        moved[place] = step
+        moved = moved.reshape(inputs.shape)
+        slope = np.sum((forward(inputs + moved) - forward(inputs - moved)) * out_grad) / (2 * step)
+        np.testing.assert_allclose(gradient.flat[place], slope, rtol=1e-5, atol=1e-6)
+
+
+def assert_same_twice(backward, out_grad):
+    np.testing.assert_array_equal(backward(out_grad), backward(out_grad))
+
+
+# ----------------------------------------------------------------------------------------------- convolution
+
+@forward_stage
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('case', CONVOLUTIONS)
+def test_convolution_is_the_formula_to_the_bit(case, dtype):
+    layer, inputs, inputs_pad = convolution(case, dtype)
+    outputs = layer.forward(inputs)
+    expected = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, layer.kernel_size,
+                             layer.stride)
+    assert outputs.dtype == dtype
+    np.testing.assert_array_equal(outputs, expected)
+
+
+@backward_stage
+@pytest.mark.parametrize('case', CONVOLUTIONS)
+def test_convolution_gradient_is_the_formula_to_the_bit(case):
+    layer, inputs, inputs_pad = convolution(case)
+    out_grad = numbers(*layer.forward(inputs).shape, seed=1)
+    in_grad = layer.backward(out_grad)
+    P, (height, width) = layer.padding, inputs.shape[2:]
+    expected = textbook.conv_back(out_grad, np.zeros(inputs_pad.shape), layer.weight, layer.kernel_size, layer.stride)
+    assert in_grad.dtype == np.float64
+    np.testing.assert_array_equal(in_grad, expected[:, :, P:P + height, P:P + width])
+
+
+@forward_stage
+@pytest.mark.parametrize('case', CONVOLUTIONS)
+def test_convolution_is_scipys(case):
+    layer, inputs, inputs_pad = convolution(case)
+    S = layer.stride
+    expected = [[layer.bias[c] + correlate(picture, layer.weight[c], mode='valid')[0, ::S, ::S]
+                 for c in range(layer.out_channels)] for picture in inputs_pad]
+    outputs = layer.forward(inputs)
+    np.testing.assert_allclose(outputs, np.reshape(expected, outputs.shape), rtol=1e-9, atol=1e-9)
+
+
+@needs_torch
+@backward_stage
+@pytest.mark.parametrize('case', CONVOLUTIONS)
+def test_convolution_and_gradient_are_torchs(case):
+    layer, inputs, _ = convolution(case)
+    x = torch.tensor(inputs, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, torch.tensor(layer.weight), torch.tensor(layer.bias), layer.stride,
+                                   layer.padding)
+    np.testing.assert_allclose(layer.forward(inputs), y.detach().numpy(), rtol=1e-9, atol=1e-9)
+    out_grad = numbers(*y.shape, seed=2)
+    y.backward(torch.tensor(out_grad))
+    np.testing.assert_allclose(layer.backward(out_grad), x.grad.numpy(), rtol=1e-9, atol=1e-9)
+
+
+@backward_stage
+@pytest.mark.parametrize('case', [case for case in CONVOLUTIONS if case[0] and case[4] < 100 and case[3] < 100])
+def test_convolution_gradient_is_the_slope(case):
+    layer, inputs, _ = convolution(case)
+    out_grad = numbers(*layer.forward(inputs).shape, seed=3)
+    gradient = layer.backward(out_grad)
+    assert_same_twice(layer.backward, out_grad)
+    assert_numerical_gradient(layer.forward, inputs, out_grad, gradient)
+
+
+@forward_stage
+@pytest.mark.parametrize('channels', [1, 3, 4, 5, 8, 9])
+def test_convolution_at_every_block_boundary(channels):
+    for width in range(1, 41):
+        layer, inputs, inputs_pad = convolution((1, channels, channels, 3, width, 3, 1, 1), np.float32)
+        outputs = layer.forward(inputs)
+        expected = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
+        np.testing.assert_array_equal(outputs, expected, err_msg='width %d' % width)
+        out_grad = numbers(*outputs.shape)
+        expected = textbook.conv_back(out_grad, np.zeros(inputs_pad.shape), layer.weight, 3, 1)[:, :, 1:-1, 1:-1]
+        np.testing.assert_array_equal(layer.backward(out_grad), expected, err_msg='width %d' % width)
+
+
+@forward_stage
+def test_convolution_errs_no_more_than_the_formula():
+    layer, inputs, inputs_pad = convolution((1, 64, 8, 30, 30, 3, 1, 1), np.float32)
+    outputs = layer.forward(inputs)
+    plain = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
+    layer.load_params(layer.weight.astype(np.float64), layer.bias.astype(np.float64))
+    exact = layer.forward(inputs.astype(np.float64))
+    assert 0 < np.abs(outputs - exact).max() <= np.abs(plain - exact).max()
+
+
+@forward_stage
+def test_static_methods_can_be_called_as_the_handbook_does():
+    layer, _, inputs_pad = convolution((2, 3, 5, 9, 8, 3, 1, 2))
+    outputs = np.zeros((2, 5, 5, 4))
+    expected = textbook.conv(inputs_pad, outputs.copy(), layer.weight, layer.bias, 3, 2)
+    np.testing.assert_array_equal(ConvolutionLayer._conv(inputs_pad, outputs, layer.weight, layer.bias, 3, 2), expected)
+    in_grad = np.zeros(inputs_pad.shape)
+    expected = textbook.conv_back(outputs, in_grad.copy(), layer.weight, 3, 2)
+    np.testing.assert_array_equal(ConvolutionLayer._conv_back(outputs, in_grad, layer.weight, 3, 2), expected)
+
+
+# ------------------------------------------------------------------------------------------------- pooling
+
+def pooling(case):
+    batch, channels, height, width, kernel_size, stride = case
+    return MaxPoolLayer(kernel_size, stride), numbers(batch, channels, height, width)
+
+
+@forward_stage
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('case', POOLINGS)
+def test_pooling_is_the_formula(case, dtype):
+    layer, inputs = pooling(case)
+    inputs = np.round(inputs).astype(dtype)    # whole numbers: many ties
+    outputs = layer.forward(inputs)
+    expected, argidx = textbook.pool(np.zeros_like(outputs), inputs, np.zeros(outputs.shape, np.int32),
+                                     layer.kernel_size, layer.stride)
+    assert outputs.dtype == dtype and layer.argidx.dtype == np.int32
+    assert layer.input_shape == inputs.shape and layer.output_shape == outputs.shape
+    np.testing.assert_array_equal(outputs, expected)
+    np.testing.assert_array_equal(layer.argidx, argidx)
+
+
+@backward_stage
+@pytest.mark.parametrize('case', POOLINGS)
+def test_pooling_gradient_is_the_formula(case):
+    layer, inputs = pooling(case)
+    out_grad = numbers(*layer.forward(np.round(inputs)).shape, seed=1)
+    expected = textbook.pool_back(out_grad, np.zeros(inputs.shape), layer.argidx, layer.kernel_size, layer.stride)
+    in_grad = layer.backward(out_grad)
+    assert in_grad.dtype == np.float64
+    np.testing.assert_array_equal(in_grad, expected)
+    assert_same_twice(layer.backward, out_grad)
+
+
+@backward_stage
+@pytest.mark.parametrize('case', [case for case in POOLINGS if case[0]])
+def test_pooling_gradient_is_the_slope(case):
+    layer, inputs = pooling(case)
+    # a shuffled ladder: no two numbers are closer than the steps of the test
+    inputs = np.random.RandomState(5).permutation(inputs.size).reshape(inputs.shape) * 0.1
+    out_grad = numbers(*layer.forward(inputs).shape, seed=2)
+    gradient = layer.backward(out_grad)
+    assert_numerical_gradient(layer.forward, inputs, out_grad, gradient)
+
+
+@needs_torch
+@backward_stage
+@pytest.mark.parametrize('case', [case for case in POOLINGS if case[0]])
+def test_pooling_and_gradient_are_torchs(case):
+    layer, inputs = pooling(case)
+    x = torch.tensor(inputs, requires_grad=True)
+    y = torch.nn.functional.max_pool2d(x, layer.kernel_size, layer.stride)
+    np.testing.assert_array_equal(layer.forward(inputs), y.detach().numpy())
+    out_grad = numbers(*y.shape, seed=2)
+    y.backward(torch.tensor(out_grad))
+    np.testing.assert_allclose(layer.backward(out_grad), x.grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@forward_stage
+def test_pooling_takes_a_nan_as_np_max_does():
+    inputs = numbers(1, 2, 6, 8)
+    inputs[0, 0, 1, 1] = inputs[0, 0, 0, 2] = inputs[0, 1, 0, 0] = np.nan
+    inputs[0, 1, 3, 3], inputs[0, 1, 4:, :2] = np.inf, -np.inf
+    outputs = MaxPoolLayer().forward(inputs)
+    np.testing.assert_array_equal(outputs, inputs.reshape(1, 2, 3, 2, 4, 2).max(axis=(3, 5)))
+
+
+@backward_stage
+def test_overlapping_windows_add_their_gradients():
+    inputs = np.zeros((1, 1, 3, 3))
+    inputs[0, 0, 1, 1] = 1    # the maximum of all four windows
+    layer = MaxPoolLayer(kernel_size=2, stride=1)
+    layer.forward(inputs)
+    np.testing.assert_array_equal(layer.backward(np.array([[[[1., 2.], [4., 8.]]]])), 15 * inputs)
+
+
+# ------------------------------------------------------------------------------------ relu, flatten, connect
+
+@forward_stage
+@pytest.mark.parametrize('shape', [(3,), (2, 5), (2, 3, 4, 5), (0, 4)])
+def test_relu_forward(shape):
+    inputs = numbers(*shape, dtype=np.float32)
+    outputs = ReluLayer().forward(inputs)
+    assert outputs.dtype == np.float32
+    np.testing.assert_array_equal(outputs, np.maximum(inputs, 0))
+
+
+@backward_stage
+def test_relu_gradient_passes_where_the_input_was_positive():
+    inputs = np.array([[-1., 0., 2., np.nan, np.inf, -np.inf]])
+    layer = ReluLayer()
+    np.testing.assert_array_equal(layer.forward(inputs), [[0, 0, 2, np.nan, np.inf, 0]])
+    np.testing.assert_array_equal(layer.backward(np.full((1, 6), 3.)), [[0, 0, 3, 0, 3, 0]])
+
+
+@forward_stage
+def test_flatten_forward():
+    inputs = numbers(2, 3, 4, 5, dtype=np.float32)
+    np.testing.assert_array_equal(FlattenLayer().forward(inputs), inputs.reshape(2, 60))
+
+
+@backward_stage
+def test_flatten_gradient():
+    layer, out_grad = FlattenLayer(), numbers(2, 60)
+    layer.forward(numbers(2, 3, 4, 5))
+    np.testing.assert_array_equal(layer.backward(out_grad), out_grad.reshape(2, 3, 4, 5))
+
+
+@forward_stage
+@pytest.mark.parametrize('case', CONNECTIONS)
+def test_fully_connected_is_the_formula(case):
+    layer, inputs = connection(case)
+    outputs = layer.forward(inputs)
+    np.testing.assert_allclose(outputs, textbook.fully_connect(inputs, np.zeros_like(outputs), layer.weight,
+                                                               layer.bias), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(outputs, inputs @ layer.weight.T + layer.bias, rtol=1e-11, atol=1e-11)
+
+
+@forward_stage
+def test_fully_connected_errs_less_than_the_formula():
+    layer, inputs = connection((2, 25088, 3), np.float32)
+    outputs = layer.forward(inputs)
+    assert outputs.dtype == np.float32
+    plain = textbook.fully_connect(inputs, np.zeros_like(outputs), layer.weight, layer.bias)
+    exact = inputs.astype(np.float64) @ layer.weight.astype(np.float64).T + layer.bias
+    assert 0 < np.abs(outputs - exact).max() <= np.abs(plain - exact).max()
+
+
+@backward_stage
+@pytest.mark.parametrize('case', CONNECTIONS)
+def test_fully_connected_gradients_are_the_formulas(case):
+    layer, inputs = connection(case)
+    out_grad = numbers(*layer.forward(inputs).shape, seed=1)
+    in_grad = layer.backward(out_grad)
+    np.testing.assert_allclose(in_grad, textbook.fully_connect_back(out_grad, np.zeros_like(inputs), layer.weight),
+                               rtol=1e-11, atol=1e-11)
+    expected = textbook.fully_connect_grad(out_grad, inputs, np.zeros(layer.weight.shape), np.zeros(layer.bias.shape))
+    np.testing.assert_allclose(layer.grad_weight, expected[0], rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(layer.grad_bias, expected[1], rtol=1e-11, atol=1e-11)
+    assert_same_twice(layer.backward, out_grad)
+
+
+@backward_stage
+def test_fully_connected_gradient_is_the_slope():
+    layer, inputs = connection((3, 20, 7))
+    out_grad = numbers(3, 7, seed=2)
+    layer.forward(inputs)
+    assert_numerical_gradient(layer.forward, inputs, out_grad, layer.backward(out_grad))
+
+    def with_weight(weight):
+        layer.weight = weight
+        return layer.forward(inputs)
+    assert_numerical_gradient(with_weight, layer.weight, out_grad, layer.grad_weight)
+
+
+@backward_stage
+def test_fully_connected_step_goes_downhill_and_leaves_the_old_arrays():
+    layer, inputs = connection((3, 20, 7))
+    weight, bias = layer.weight, layer.bias
+    kept = weight.copy(), bias.copy()
+    outputs = layer.forward(inputs)
+    layer.backward(outputs)    # the gradient of sum(outputs ** 2) / 2
+    step = layer.grad_weight.copy(), layer.grad_bias.copy()
+    layer.update_params(0.01)
+    np.testing.assert_allclose(layer.weight, kept[0] - 0.01 * step[0], rtol=1e-12)
+    np.testing.assert_allclose(layer.bias, kept[1] - 0.01 * step[1], rtol=1e-12)
+    np.testing.assert_array_equal(weight, kept[0])
+    np.testing.assert_array_equal(bias, kept[1])
+    assert (layer.forward(inputs)**2).sum() < (outputs**2).sum()
+
+
+@forward_stage
+@pytest.mark.parametrize('make', [lambda: ConvolutionLayer(3, 2, 3), lambda: FullyConnectLayer(5, 3)])
+def test_initial_weights_are_drawn_when_read_and_are_the_eager_ones(make):
+    np.random.seed(7)
+    layer = make()
+    untouched = np.random.get_state()[1].copy()
+    np.random.seed(7)
+    np.testing.assert_array_equal(np.random.get_state()[1], untouched)
+    expected = np.random.normal(loc=0.0, scale=0.01, size=layer.weight_shape)
+    np.random.seed(7)
+    np.testing.assert_array_equal(layer.weight, expected)
+    assert layer.weight is layer.weight and not layer.bias.any()
