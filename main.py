@@ -7,12 +7,14 @@ import os
 import sys
 import time
 
-import cv2
-import numpy as np
+# OpenCV itself stops at a thousand million pixels, which would take 3 GB; a hundred million are enough for a flower.
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))
+import cv2                      # noqa: E402
+import numpy as np              # noqa: E402
 
-from file import checkpoint
-from loss import CrossEntropy
-from vgg import VGG16
+from file import checkpoint     # noqa: E402
+from loss import CrossEntropy   # noqa: E402
+from vgg import VGG16           # noqa: E402
 
 CLASSES = ('daisy', 'roses', 'sunflowers', 'tulips')
 IMAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'file', 'tulips_demo.jpg')

@@ -1,9 +1,12 @@
 """Train the shipped network from the ImageNet convolutions and a folder of flower photos.
 
     python file/train.py features --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
+    python file/train.py train    --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
 
-PHOTOS holds one folder a class; FOLDER takes what is computed on the way.  A step that was cut goes on where it
-was.
+PHOTOS holds one folder a class; FOLDER takes what is computed on the way, 0.5 GB a view.  A step that was cut goes
+on where it was.  `features` runs the first four stages, which stay as they are, over several views of every photo.
+`train` trains the fifth stage and the three fully connected layers on them, with the layers and the loss of this
+package, writes vgg16_flowers.npz and prints its accuracy on the validation photos.
 """
 import argparse
 import os
@@ -15,13 +18,16 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import cv2                                                      # noqa: E402
-from file.checkpoint import pack, unpack                        # noqa: E402
+from file.expand import PACKED, PLANE, pack, unpack             # noqa: E402
 from main import read_image, to_tensor                          # noqa: E402
+from layer import ConvolutionLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer    # noqa: E402
+from loss import CrossEntropy                                   # noqa: E402
 from vgg import VGG16                                           # noqa: E402
 
 CLASSES = ('daisy', 'roses', 'sunflowers', 'tulips')
 VALIDATION = os.path.join(HERE, 'validation.txt')
 BATCH = 4
+MEMORY = 0.99    # the running mean forgets in about 100 steps
 
 
 def say(text):
@@ -83,7 +89,7 @@ def features(arguments):
     rows = split(arguments.photos)
     with open(VALIDATION, 'w', newline='\n') as file:
         file.writelines(name + '\n' for name, _, held in rows if held)
-    for view in range(arguments.views):
+    for view in arguments.views:
         wanted = [i for i, (_, _, held) in enumerate(rows) if view == 0 or not held]
         path = os.path.join(arguments.work, 'view%d.npy' % view)
         done = path + '.done'
@@ -105,16 +111,243 @@ def features(arguments):
                 say('view %d: %d of %d photos' % (view, first + len(batch), len(wanted)))
 
 
+# ------------------------------------------------------------------------------------------------ training
+
+class Average(object):
+    """The mean of each plane: fullyconnect1 has the same weight for all 49 numbers of a plane (see expand.py)."""
+
+    def forward(self, inputs):
+        self.input_shape = inputs.shape
+        return inputs.mean(axis=(2, 3))
+
+    def backward(self, out_grad):
+        area = self.input_shape[2] * self.input_shape[3]
+        return np.broadcast_to((out_grad / area)[:, :, None, None], self.input_shape)
+
+
+class Dropout(object):
+    """Forget a share of the numbers while training, and scale the others up."""
+
+    def __init__(self, share, rng):
+        self.share, self.rng, self.kept = share, rng, None
+
+    def forward(self, inputs):
+        self.kept = (self.rng.rand(*inputs.shape) >= self.share).astype(inputs.dtype) / (1 - self.share)
+        return inputs * self.kept
+
+    def backward(self, out_grad):
+        return out_grad * self.kept
+
+
+class TrainedConvolution(ConvolutionLayer):
+    """A convolution that also has the gradients of its parameters, and stays in float32 on the way back."""
+
+    def forward(self, inputs):
+        self.inputs = inputs
+        return super().forward(inputs)
+
+    def backward(self, out_grad):
+        out_grad = out_grad.astype(np.float32)
+        batch, channels, height, width = self.inputs.shape
+        padded = np.pad(self.inputs, ((0, 0), (0, 0), (1, 1), (1, 1)), mode='constant')
+        flat = out_grad.transpose(1, 0, 2, 3).reshape(self.out_channels, -1)
+        self.grad_weight = np.empty(self.weight_shape, np.float32)
+        for i in range(self.kernel_size):
+            for j in range(self.kernel_size):
+                seen = padded[:, :, i:i + height, j:j + width].transpose(0, 2, 3, 1).reshape(-1, channels)
+                self.grad_weight[:, :, i, j] = flat @ seen
+        self.grad_bias = flat.sum(axis=1)
+        in_grad = self._conv_back(out_grad, np.zeros(padded.shape, np.float32), self.weight, 3, 1)
+        return in_grad[:, :, 1:-1, 1:-1]
+
+
+class Adam(object):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), and a running mean of the weights."""
+
+    def __init__(self, layers, decay):
+        self.layers, self.decay, self.steps = layers, decay, 0
+        self.first, self.second, self.mean = {}, {}, {}
+        for name, layer in layers.items():
+            for key in ('weight', 'bias'):
+                value = np.array(getattr(layer, key), dtype=np.float32)
+                setattr(layer, key, value)
+                self.first[name, key], self.second[name, key] = np.zeros_like(value), np.zeros_like(value)
+                self.mean[name, key] = value.copy()
+
+    def step(self, rates):
+        """One step with the gradients that the layers hold; rates gives the learning rate of a layer by its name."""
+        self.steps += 1
+        correction = np.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
+        for name, layer in self.layers.items():
+            for key in ('weight', 'bias'):
+                value, rate = getattr(layer, key), rates(name)
+                gradient = getattr(layer, 'grad_' + key).astype(np.float32, copy=False)
+                first, second, mean = self.first[name, key], self.second[name, key], self.mean[name, key]
+                first += 0.1 * (gradient - first)
+                second += 0.001 * (gradient * gradient - second)
+                if key == 'weight':
+                    value *= 1 - rate * self.decay
+                value -= rate * correction * first / (np.sqrt(second) + 1e-8)
+                mean += (1 - min(MEMORY, self.steps / (10.0 + self.steps))) * (value - mean)
+
+
+def forward(layers, x):
+    for layer in layers:
+        x = layer.forward(x)
+    return x
+
+
+def backward(layers, grad):
+    for layer in reversed(layers):
+        grad = layer.backward(grad.astype(np.float32, copy=False))
+    return grad
+
+
+def smoothed(loss, labels, smoothing):
+    """The gradient of the cross-entropy against labels that leave a share to the other classes."""
+    grad = loss.backward()
+    grad += smoothing / len(labels) * (np.eye(len(CLASSES))[labels] - 1.0 / len(CLASSES))
+    return grad
+def layers_to_train(arguments):
+    """What follows layer4_maxpool: (layers for use, layers for training, {name: layer that is trained})."""
+    rng = np.random.RandomState(arguments.seed)
+    given = np.load(arguments.weights)
+    used, training, trained = [], [], {}
+    for i in (1, 2, 3):
+        name = 'layer5_conv%d' % i
+        trained[name] = TrainedConvolution(512, 512, 3, padding=1)
+        trained[name].load_params(given[name + '.weight'].astype(np.float32), given[name + '.bias'])
+        used += [trained[name], ReluLayer()]
+    used += [MaxPoolLayer(), Average()]
+    training += used
+    for i, (inputs, outputs) in enumerate(((512, 4096), (4096, 4096), (4096, len(CLASSES)))):
+        if i > 0:
+            used.append(ReluLayer())
+            training += [used[-1], Dropout(arguments.dropout, rng)]
+        name = 'fullyconnect%d' % (i + 1)
+        trained[name] = FullyConnectLayer(inputs, outputs)
+        trained[name].load_params((rng.randn(outputs, inputs) * np.sqrt(2.0 / inputs)).astype(np.float32),
+                                  np.zeros(outputs, np.float32))
+        used.append(trained[name])
+        training.append(trained[name])
+    return used, training, trained
+
+
+def confusion(layers, parameters, view, labels, wanted):
+    """How often each class (row) was taken for each class (column), with these parameters {layer: (weight, bias)}."""
+    before = {layer: (layer.weight, layer.bias) for layer in parameters}
+    for layer, values in parameters.items():
+        layer.load_params(*values)
+    table = np.zeros((len(CLASSES), len(CLASSES)), int)
+    for start in range(0, len(wanted), 16):
+        some = wanted[start:start + 16]
+        logits = forward(layers, view[some].astype(np.float32))
+        np.add.at(table, (labels[some], logits.argmax(axis=1)), 1)
+    for layer, values in before.items():
+        layer.load_params(*values)
+    return table
+
+
+def save_state(path, epoch, optimiser):
+    """Keep all that the next epoch needs."""
+    arrays = {'epoch': epoch, 'steps': optimiser.steps}
+    for name, layer in optimiser.layers.items():
+        for key in ('weight', 'bias'):
+            arrays['value.%s.%s' % (name, key)] = getattr(layer, key)
+            for kind in ('first', 'second', 'mean'):
+                arrays['%s.%s.%s' % (kind, name, key)] = getattr(optimiser, kind)[name, key]
+    np.savez(path + '.part.npz', **arrays)
+    os.replace(path + '.part.npz', path)
+
+
+def load_state(path, optimiser):
+    """Go on where save_state stopped; return the epoch."""
+    if not os.path.exists(path):
+        return 0
+    with np.load(path) as arrays:
+        optimiser.steps = int(arrays['steps'])
+        for name, layer in optimiser.layers.items():
+            for key in ('weight', 'bias'):
+                setattr(layer, key, arrays['value.%s.%s' % (name, key)])
+                for kind in ('first', 'second', 'mean'):
+                    getattr(optimiser, kind)[name, key] = arrays['%s.%s.%s' % (kind, name, key)]
+        return int(arrays['epoch'])
+
+
+def train(arguments):
+    """Train the fifth stage and the head, and write the running mean of their weights, packed."""
+    rows = split(arguments.photos)
+    labels = np.array([label for _, label, _ in rows])
+    held = np.array([i for i, row in enumerate(rows) if row[2]])
+    seen = np.array([i for i, row in enumerate(rows) if not row[2]])
+    views = [np.load(os.path.join(arguments.work, 'view%d.npy' % view), mmap_mode='r') for view in arguments.views]
+    used, training, trained = layers_to_train(arguments)
+    optimiser, loss = Adam(trained, arguments.decay), CrossEntropy()
+    state = os.path.join(arguments.work, arguments.state)
+
+    def mean():
+        return {layer: (optimiser.mean[name, 'weight'], optimiser.mean[name, 'bias']) for name, layer in trained.items()}
+
+    for epoch in range(load_state(state, optimiser), arguments.epochs):
+        rng = np.random.RandomState(1000 + epoch)
+        order, total = rng.permutation(seen), 0.0
+        for start in range(0, len(order), arguments.batch):
+            batch = order[start:start + arguments.batch]
+            x = np.stack([views[rng.randint(len(views))][i] for i in batch]).astype(np.float32)
+            done = (epoch + start / len(order)) / arguments.epochs
+            fade = 0.5 * (1 + np.cos(np.pi * done)) * min(1, 0.01 + optimiser.steps / 100)
+            total += loss.forward(forward(training, x), labels[batch]) * len(batch)
+            backward(training, smoothed(loss, labels[batch], arguments.smoothing))
+            optimiser.step(lambda name: fade * (arguments.rate if 'conv' in name else arguments.head_rate))
+        save_state(state, epoch + 1, optimiser)
+        table = confusion(used, mean(), views[0], labels, held)
+        say('epoch %d of %d: loss %.4f, validation %.2f %%' % (
+            epoch + 1, arguments.epochs, total / len(order), 100 * table.trace() / table.sum()))
+
+    packed, shipped = {}, {}
+    given = np.load(arguments.weights)
+    for key in given.files:
+        name = key[:-len('.weight')]
+        if key.endswith('.weight') and name not in trained:
+            packed[name + '.q'], packed[name + '.scale'] = pack(given[key])
+            packed[name + '.bias'] = given[name + '.bias']
+    for name, layer in trained.items():
+        weight, bias = mean()[layer]
+        share = PLANE if name == 'fullyconnect1' else 1
+        q, scale = pack(weight / share)
+        packed[name + '.q'], packed[name + '.scale'], packed[name + '.bias'] = q, scale, bias
+        shipped[layer] = unpack(q, scale) * np.float32(share), bias
+    np.savez_compressed(arguments.out + '.part.npz', **packed)
+    os.replace(arguments.out + '.part.npz', arguments.out)
+    table = confusion(used, shipped, views[0], labels, held)
+    print('%s: %d bytes' % (os.path.basename(arguments.out), os.path.getsize(arguments.out)))
+    print('parameters trained: %d' % sum(layer.weight.size + layer.bias.size for layer in trained.values()))
+    print('validation: %d of %d right, %.2f %%' % (table.trace(), table.sum(), 100 * table.trace() / table.sum()))
+    print('%-12s' % 'is \\ taken for' + ''.join('%12s' % flower for flower in CLASSES))
+    for flower, row in zip(CLASSES, table):
+        print('%-12s  ' % flower + ''.join('%12d' % count for count in row))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('step', choices=['features'])
-    parser.add_argument('--photos', required=True)
-    parser.add_argument('--weights', required=True)
-    parser.add_argument('--work', required=True)
-    parser.add_argument('--views', type=int, default=6)
+    parser.add_argument('step', choices=['features', 'train'])
+    parser.add_argument('--photos', required=True, help='a folder with a folder of photos for each class')
+    parser.add_argument('--weights', required=True, help='the ImageNet convolutions, .npz')
+    parser.add_argument('--work', required=True, help='a folder for what is computed on the way')
+    parser.add_argument('--views', type=int, nargs='+', default=list(range(6)), help='which views (default: 0 to 5)')
+    parser.add_argument('--out', default=PACKED, help='what train writes (default: %(default)s)')
+    parser.add_argument('--state', default='state.npz', help='where in --work train keeps its progress')
+    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--batch', type=int, default=32)
+    parser.add_argument('--rate', type=float, default=2e-5, help='learning rate of the convolutions')
+    parser.add_argument('--head-rate', type=float, default=2e-4, help='learning rate of the fully connected layers')
+    parser.add_argument('--dropout', type=float, default=0.5)
+    parser.add_argument('--smoothing', type=float, default=0.1)
+    parser.add_argument('--decay', type=float, default=0.02)
+    parser.add_argument('--seed', type=int, default=1)
     arguments = parser.parse_args()
     os.makedirs(arguments.work, exist_ok=True)
-    features(arguments)
+    {'features': features, 'train': train}[arguments.step](arguments)
 
 
 if __name__ == '__main__':
