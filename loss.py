@@ -8,8 +8,9 @@ class CrossEntropy(object):
 
     L = -1/N * sum over n of log softmax(logits_n)[label_n];  dL/dlogits_n = (softmax(logits_n) - onehot_n) / N
 
-    Computed in float64 from the logarithm of the softmax, so that no exponential overflows and no logarithm
-    meets a zero, however far apart the logits are.
+    Computed from the logarithm of the softmax, so that no exponential overflows and no logarithm meets a zero,
+    however far apart the logits are; and in long double, rounded to float64 at the end: numpy has several exp for
+    float64 and takes the one that the processor runs best, and they differ in the last bit.
     """
 
     def __init__(self):
@@ -46,7 +47,7 @@ class CrossEntropy(object):
             raise TypeError('labels: integers expected, got %s' % labels.dtype)
         if labels.size and not (0 <= labels.min() and labels.max() < inputs.shape[1]):
             raise ValueError('labels: 0 to %d expected, got %s' % (inputs.shape[1] - 1, labels))
-        self.log_probabilities = log_softmax(inputs.astype(np.float64), axis=1)
+        self.log_probabilities = log_softmax(inputs.astype(np.longdouble), axis=1)
         self.labels = labels
         return float(-self.log_probabilities[np.arange(len(labels)), labels].mean()) if labels.size else 0.0
 
@@ -56,4 +57,4 @@ class CrossEntropy(object):
             raise RuntimeError('backward needs a forward first: it uses what forward saw')
         grad = np.exp(self.log_probabilities)
         grad[np.arange(len(self.labels)), self.labels] -= 1
-        return grad / max(1, len(self.labels))
+        return (grad / max(1, len(self.labels))).astype(np.float64)
