@@ -21,7 +21,7 @@ IMAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'file', 'tulips
 
 
 class PictureError(Exception):
-    """A picture that cannot be read; the text says which file, what is wrong and what to do."""
+    """A picture that cannot be read or written; the text says which file, what is wrong and what to do."""
 
 
 def resize_image(image, target_size):
@@ -112,13 +112,20 @@ def arguments_of(argv):
     parser.add_argument('--label', type=class_number, default=1, metavar='NAME_OR_NUMBER',
                         help='the class that the loss is computed against: 0 to 3 or %s (default: 1, roses, as in '
                              'the handbook)' % ', '.join(CLASSES))
+    parser.add_argument('--picture', metavar='OUT.png', help='after the run, draw what the network saw into this file')
     return parser.parse_args(argv)
 
 
 def run(arguments):
     model = VGG16(4)
     shapes = {name: layer.weight_shape for name, layer in model.graph_layers.items() if hasattr(layer, 'weight_shape')}
-    read_image(arguments.image)    # what is wrong with it is said at once
+    image = read_image(arguments.image)    # what is wrong with the files is said before anything is computed
+    if arguments.picture:
+        from file import picture    # only now: a run without it starts sooner
+        try:
+            picture.check_path(arguments.picture)
+        except ValueError as error:
+            raise PictureError(error)
     model.resume_weights(checkpoint.load(arguments.ckpt, shapes))
 
     start_time = time.time()
@@ -140,6 +147,12 @@ def run(arguments):
 
     end_time = time.time()
     print(end_time - start_time)
+
+    if arguments.picture:
+        try:
+            picture.write(arguments.picture, picture.draw(image, tensor, model, CLASSES))
+        except OSError as error:
+            raise PictureError('%s: cannot be written (%s)' % (arguments.picture, error.strerror))
 
 
 def main(argv=None):
