@@ -99,12 +99,13 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, height, 
     band = ((positions + bands - 1) // bands + 15) // 16 * 16
     groups = (channels + GROUP - 1) // GROUP
     taps = len(reads)
+    furthest = reads.max()
     for job in prange(batch * bands * groups):
         n, first, c0 = job // (bands * groups), job // groups % bands * band, job % groups * GROUP
         length = min(band, positions - first)
         # A multiple of 16 spares the compiler's loop over what is left; only the last image has no room for it.
         start = n * image + first
-        if start + reads[taps - 1] + (length + 15) // 16 * 16 <= len(x):
+        if start + furthest + (length + 15) // 16 * 16 <= len(x):
             length = (length + 15) // 16 * 16
 
         w = np.empty((taps, GROUP), dtype=x.dtype)

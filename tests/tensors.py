@@ -1,6 +1,8 @@
-"""Print a hash of every tensor of a run, forward and backward: equal hashes mean equal bits.
+"""Print a line for every tensor of a run, forward and backward, with a hash: equal hashes mean equal bits.
 
-    python tests/hashes.py [IMAGE] [--ckpt PATH]
+    python tests/tensors.py [IMAGE] [--ckpt PATH] [--label NAME_OR_NUMBER]
+
+A line has the direction, the layer that the tensor enters, dtype, shape, sum of magnitudes and hash.
 
 The transcript of main.py prints numpy's sums, whose last digit depends on the order in which a version of numpy adds.
 The tensors themselves do not: compare these lines between machines, Pythons and numbers of threads.
@@ -20,11 +22,13 @@ from loss import CrossEntropy      # noqa: E402
 from vgg import VGG16              # noqa: E402
 
 
-def hashes(image, ckpt=None, label=1):
-    """The lines: direction, layer, dtype, shape and hash of what goes into it."""
+def tensors(image, ckpt=None, label=1):
+    """The lines, one after another."""
     def line(direction, name, tensor):
         digest = hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest()
-        return '%-8s %-15s %s %-18s %s' % (direction, name, tensor.dtype, 'x'.join(map(str, tensor.shape)), digest[:16])
+        return '%-8s  %-14s  %s  %-13s  %.4e  %s' % (
+            direction, name, tensor.dtype, 'x'.join(map(str, tensor.shape)),
+            np.abs(tensor).sum(dtype=np.float64), digest[:16])
 
     model = VGG16(4)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -45,5 +49,5 @@ def hashes(image, ckpt=None, label=1):
 
 if __name__ == '__main__':
     arguments = main.arguments_of(sys.argv[1:])
-    for text in hashes(arguments.image, arguments.ckpt, arguments.label):
+    for text in tensors(arguments.image, arguments.ckpt, arguments.label):
         print(text)
