@@ -418,6 +418,16 @@ class ConvolutionLayer(_Parameters):
     bias : ndarray (C_out,)
     input_shape : tuple
         Shape of the last input, for backward.
+
+    Examples
+    --------
+    >>> layer = ConvolutionLayer(in_channels=1, out_channels=1, kernel_size=2)
+    >>> layer.load_params(np.array([[[[1., 0.], [0., 10.]]]]), np.array([100.]))
+    >>> layer.forward(np.array([[[[1., 2., 3.], [4., 5., 6.]]]]))
+    array([[[[151., 162.]]]])
+    >>> layer.backward(np.array([[[[1., 2.]]]]))
+    array([[[[ 1.,  2.,  0.],
+             [ 0., 10., 20.]]]])
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, padding=0, stride=1):
@@ -443,6 +453,11 @@ class ConvolutionLayer(_Parameters):
         -------
         ndarray (N, C_out, H_out, W_out), dtype of inputs
             H_out = floor((H + 2P - K) / S + 1), W_out alike.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For other numbers than float32 and float64, and for shapes that do not fit; the argument is named.
         """
         inputs = _checked(inputs, 'inputs', ndim=4)
         batch, channels, height, width = inputs.shape
@@ -471,6 +486,13 @@ class ConvolutionLayer(_Parameters):
         Returns
         -------
         ndarray (N, C_in, H, W), float64
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward.
+        TypeError, ValueError
+            As for forward.
         """
         batch, channels, height, width = _after_forward(self.input_shape)
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
@@ -559,6 +581,17 @@ class MaxPoolLayer(object):
         Where in its window each output was found: i * K + j, the first in row-major order among equals.
     input_shape, output_shape : tuple
         Of the last forward, for backward.
+
+    Examples
+    --------
+    >>> layer = MaxPoolLayer(kernel_size=2, stride=2)
+    >>> layer.forward(np.array([[[[1., 5., 2., 0.], [3., 4., 9., 1.]]]]))
+    array([[[[5., 9.]]]])
+    >>> layer.argidx
+    array([[[[1, 2]]]], dtype=int32)
+    >>> layer.backward(np.array([[[[7., 8.]]]]))
+    array([[[[0., 7., 0., 0.],
+             [0., 0., 8., 0.]]]])
     """
 
     def __init__(self, kernel_size=2, stride=2):
@@ -570,7 +603,22 @@ class MaxPoolLayer(object):
         self.output_shape = None
 
     def forward(self, inputs):
-        """Pool: ndarray (N, C, H, W) to (N, C, H_out, W_out), dtype of inputs; H_out = floor((H - K) / S + 1)."""
+        """Pool.
+
+        Parameters
+        ----------
+        inputs : ndarray (N, C, H, W), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, C, H_out, W_out), dtype of inputs
+            H_out = floor((H - K) / S + 1), W_out alike.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For other numbers than float32 and float64, and for shapes that do not fit; the argument is named.
+        """
         inputs = _checked(inputs, 'inputs', ndim=4)
         batch, channels, height, width = inputs.shape
         self.output_shape = (batch, channels, _windows(height, self.kernel_size, self.stride, 'inputs'),
@@ -582,7 +630,24 @@ class MaxPoolLayer(object):
         return outputs
 
     def backward(self, out_grad):
-        """Gradient of the inputs: ndarray (N, C, H_out, W_out) to (N, C, H, W), float64."""
+        """Gradient of the inputs.
+
+        Parameters
+        ----------
+        out_grad : ndarray (N, C, H_out, W_out), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, C, H, W), float64
+            Where windows overlap, gradients add up.
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward.
+        TypeError, ValueError
+            As for forward.
+        """
         in_grad = np.zeros(_after_forward(self.input_shape))
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
         return self._pool_back(out_grad, in_grad, self.argidx, self.kernel_size, self.stride)
@@ -623,13 +688,43 @@ class MaxPoolLayer(object):
 
 
 class ReluLayer(object):
-    """Y = max(0, X), number by number, for any shape; the gradient at exactly 0 is 0.  Handbook 2.2.1, lab 1."""
+    """Y = max(0, X), number by number, for any shape; handbook 2.2.1, lab 1.  The gradient at exactly 0 is 0.
+
+    Attributes
+    ----------
+    positive : ndarray, bool
+        Where the last inputs were larger than 0.
+
+    Examples
+    --------
+    >>> layer = ReluLayer()
+    >>> layer.forward(np.array([-1., 0., 2.]))
+    array([0., 0., 2.])
+    >>> layer.backward(np.array([5., 6., 7.]))
+    array([0., 0., 7.])
+    """
 
     def __init__(self):
         self.positive = None
 
     def forward(self, inputs):
-        """A new array of the shape and dtype of inputs."""
+        """The positive numbers, and 0 for the others.
+
+        Parameters
+        ----------
+        inputs : ndarray, float32 or float64
+            Of any shape; NaN stays NaN.
+
+        Returns
+        -------
+        ndarray
+            Shape and dtype of inputs.
+
+        Raises
+        ------
+        TypeError
+            For other numbers than float32 and float64.
+        """
         inputs = _checked(inputs, 'inputs')
         outputs = np.empty_like(inputs)
         self.positive = np.empty(inputs.shape, dtype=np.bool_)
@@ -637,7 +732,25 @@ class ReluLayer(object):
         return outputs
 
     def backward(self, out_grad):
-        """A new array of the shape and dtype of out_grad."""
+        """Gradient of the inputs.
+
+        Parameters
+        ----------
+        out_grad : ndarray, float32 or float64
+            Of the shape of the last inputs.
+
+        Returns
+        -------
+        ndarray
+            Shape and dtype of out_grad.
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward.
+        TypeError, ValueError
+            For other numbers, or another shape.
+        """
         out_grad = _checked(out_grad, 'out_grad', shape=_after_forward(self.positive).shape)
         in_grad = np.empty_like(out_grad)
         _relu_back(out_grad.reshape(-1), in_grad.reshape(-1), self.positive.reshape(-1))
@@ -645,13 +758,41 @@ class ReluLayer(object):
 
 
 class FlattenLayer(object):
-    """(N, C, H, W) to (N, C * H * W) and back, handbook 2.2.1.3 and 2.5.2.3."""
+    """Pictures to rows of numbers and back, handbook 2.2.1.3 and 2.5.2.3.
+
+    Y(n, (c * H + h) * W + w) = X(n, c, h, w)
+
+    Attributes
+    ----------
+    input_shape : tuple
+        Shape of the last inputs, for backward.
+
+    Examples
+    --------
+    >>> FlattenLayer().forward(np.array([[[[1., 2.]], [[3., 4.]]]]))
+    array([[1., 2., 3., 4.]])
+    """
 
     def __init__(self):
         self.input_shape = None
 
     def forward(self, inputs):
-        """A new array (N, C * H * W), dtype of inputs."""
+        """Flatten.
+
+        Parameters
+        ----------
+        inputs : ndarray (N, C, H, W), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, C * H * W), dtype of inputs
+            A new array.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For other numbers, or another number of dimensions.
+        """
         inputs = _checked(inputs, 'inputs', ndim=4)
         self.input_shape = inputs.shape
         batch, channels, height, width = inputs.shape
@@ -660,7 +801,24 @@ class FlattenLayer(object):
         return outputs
 
     def backward(self, out_grad):
-        """A new array of the shape of the last inputs, dtype of out_grad."""
+        """Gradient of the inputs.
+
+        Parameters
+        ----------
+        out_grad : ndarray (N, C * H * W), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, C, H, W), dtype of out_grad
+            A new array.
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward.
+        TypeError, ValueError
+            For other numbers, or another shape.
+        """
         batch, channels, height, width = _after_forward(self.input_shape)
         out_grad = _checked(out_grad, 'out_grad', shape=(batch, channels * height * width))
         in_grad = np.empty(self.input_shape, dtype=out_grad.dtype)
@@ -684,6 +842,17 @@ class FullyConnectLayer(_Parameters):
     grad_weight, grad_bias : ndarray
         Gradients of weight and bias for the last backward.  They are computed when they are read: a pass back
         to the picture alone does not need 100 million of them.
+
+    Examples
+    --------
+    >>> layer = FullyConnectLayer(in_features=2, out_features=1)
+    >>> layer.load_params(np.array([[1., 10.]]), np.array([100.]))
+    >>> layer.forward(np.array([[2., 3.]]))
+    array([[132.]])
+    >>> layer.backward(np.array([[1.]]))
+    array([[ 1., 10.]])
+    >>> layer.grad_weight
+    array([[2., 3.]])
     """
 
     def __init__(self, in_features, out_features):
@@ -696,7 +865,21 @@ class FullyConnectLayer(_Parameters):
         self._gradients = None
 
     def forward(self, inputs):
-        """ndarray (N, in_features) to (N, out_features), dtype of inputs."""
+        """Connect.
+
+        Parameters
+        ----------
+        inputs : ndarray (N, in_features), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, out_features), dtype of inputs
+
+        Raises
+        ------
+        TypeError, ValueError
+            For other numbers than float32 and float64, and for shapes that do not fit; the argument is named.
+        """
         inputs = _checked(inputs, 'inputs', ndim=2)
         if inputs.shape[1] != self.in_features:
             raise ValueError('inputs: %d features expected, got shape %s' % (self.in_features, inputs.shape))
@@ -706,7 +889,23 @@ class FullyConnectLayer(_Parameters):
         return outputs
 
     def backward(self, out_grad):
-        """Gradient of the inputs: ndarray (N, out_features) to (N, in_features), dtype of out_grad."""
+        """Gradient of the inputs.
+
+        Parameters
+        ----------
+        out_grad : ndarray (N, out_features), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, in_features), dtype of out_grad
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward.
+        TypeError, ValueError
+            As for forward.
+        """
         batch = len(_after_forward(self.inputs))
         self.out_grad = _checked(out_grad, 'out_grad', shape=(batch, self.out_features))
         self._gradients = None
@@ -734,7 +933,13 @@ class FullyConnectLayer(_Parameters):
         return self._parameter_gradients()[1]
 
     def update_params(self, lr):
-        """One step of gradient descent: weight - lr * grad_weight and bias - lr * grad_bias, in new arrays."""
+        """One step of gradient descent, into new arrays: weight - lr * grad_weight, bias - lr * grad_bias.
+
+        Parameters
+        ----------
+        lr : float
+            Learning rate.
+        """
         for name, gradient in (('weight', self.grad_weight), ('bias', self.grad_bias)):
             old = np.ascontiguousarray(getattr(self, name))
             new = np.empty_like(old)

@@ -11,6 +11,14 @@ class CrossEntropy(object):
     Computed from the logarithm of the softmax, so that no exponential overflows and no logarithm meets a zero,
     however far apart the logits are; and in long double, rounded to float64 at the end: numpy has several exp for
     float64 and takes the one that the processor runs best, and they differ in the last bit.
+
+    Examples
+    --------
+    >>> loss = CrossEntropy()
+    >>> round(loss.forward(np.array([[0., 0., 0., 0.]]), np.array([1])), 6)
+    1.386294
+    >>> loss.backward()
+    array([[ 0.25, -0.75,  0.25,  0.25]])
     """
 
     def __init__(self):
@@ -52,7 +60,18 @@ class CrossEntropy(object):
         return float(-self.log_probabilities[np.arange(len(labels)), labels].mean()) if labels.size else 0.0
 
     def backward(self):
-        """Gradient of the logits: ndarray (N, classes), float64 as all that follows on the way back."""
+        """Gradient of the logits.
+
+        Returns
+        -------
+        ndarray (N, classes), float64
+            As all that follows on the way back.
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward.
+        """
         if self.log_probabilities is None:
             raise RuntimeError('backward needs a forward first: it uses what forward saw')
         grad = np.exp(self.log_probabilities)

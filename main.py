@@ -36,6 +36,12 @@ def resize_image(image, target_size):
     Returns
     -------
     ndarray (height, width, 3), uint8
+
+    Examples
+    --------
+    >>> resize_image(np.zeros((1, 2, 3), np.uint8), (2, 2))[:, :, 0]
+    array([[  0,   0],
+           [114, 114]], dtype=uint8)
     """
     h, w = image.shape[:2]
     th, tw = target_size
@@ -81,7 +87,17 @@ def read_image(img_path):
 
 
 def to_tensor(image):
-    """The network's input made of an RGB picture: resized, standardised, (1, 3, 224, 224), float32."""
+    """The network's input made of a picture, handbook 2.5.1.
+
+    Parameters
+    ----------
+    image : ndarray (H, W, 3), uint8, RGB
+
+    Returns
+    -------
+    ndarray (1, 3, 224, 224), float32
+        (image - mean) / std of each channel.
+    """
     image = resize_image(image, (224, 224))
     image = np.array(image, dtype=np.float32)
     image -= [125.307, 122.961, 113.8575]
@@ -90,12 +106,32 @@ def to_tensor(image):
 
 
 def process_image(img_path):
-    """The network's input made of a picture file, handbook 2.5.1: ndarray (1, 3, 224, 224), float32."""
+    """The network's input made of a picture file, handbook 2.5.1.
+
+    Parameters
+    ----------
+    img_path : str
+
+    Returns
+    -------
+    ndarray (1, 3, 224, 224), float32
+
+    Raises
+    ------
+    PictureError
+        For a file that cannot be read or is no picture.
+    """
     return to_tensor(read_image(img_path))
 
 
 def class_number(text):
-    """The number of a class given by name or number."""
+    """The number of a class given by name or number.
+
+    Examples
+    --------
+    >>> class_number('roses'), class_number('3')
+    (1, 3)
+    """
     if text in CLASSES:
         return CLASSES.index(text)
     if text in [str(number) for number in range(len(CLASSES))]:

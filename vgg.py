@@ -96,21 +96,52 @@ class VGG16(object):
         }
 
     def forward(self, x):
-        """Logits (N, num_classes) of pictures (N, 3, 224, 224); prints mean and sum of each layer's input."""
+        """Classify pictures, printing the mean and the sum of each layer's input.
+
+        Parameters
+        ----------
+        x : ndarray (N, 3, 224, 224), float32 or float64
+
+        Returns
+        -------
+        ndarray (N, num_classes), dtype of x
+            Logits.
+        """
         for name in self.graph_layers.keys():
             print(f'forward: {name}: {x.mean()} {x.sum()}')
             x = self.graph_layers[name].forward(x)
         return x
 
     def backward(self, grad):
-        """Gradient of the pictures from that of the logits; prints mean and sum of each layer's output gradient."""
+        """Propagate back to the pictures, printing the mean and the sum of each layer's output gradient.
+
+        Parameters
+        ----------
+        grad : ndarray (N, num_classes), float32 or float64
+            Gradient of the logits of the last forward.
+
+        Returns
+        -------
+        ndarray (N, 3, 224, 224), float64
+        """
         for name in reversed(list(self.graph_layers.keys())):
             print(f'backward: {name}: {grad.mean()} {grad.sum()}')
             grad = self.graph_layers[name].backward(grad)
         return grad
 
     def resume_weights(self, ckpt):
-        """Load {layer name: {'weight': ndarray, 'bias': ndarray}} and say so after each layer."""
+        """Load a checkpoint and say so after each layer.
+
+        Parameters
+        ----------
+        ckpt : dict
+            {layer name: {'weight': ndarray, 'bias': ndarray}}; the arrays are taken as they are, not copied.
+
+        Raises
+        ------
+        KeyError, AssertionError
+            For a name or a shape that is not the network's.
+        """
         for name, params in ckpt.items():
             self.graph_layers[name].load_params(params['weight'], params['bias'])
             print('reloaded success')

@@ -142,23 +142,27 @@ class Dropout(object):
 class TrainedConvolution(ConvolutionLayer):
     """A convolution that also has the gradients of its parameters, and stays in float32 on the way back."""
 
+    passes_on = True    # whether a layer before it is trained, too
+
     def forward(self, inputs):
         self.inputs = inputs
         return super().forward(inputs)
 
     def backward(self, out_grad):
-        out_grad = out_grad.astype(np.float32)
+        out_grad = np.ascontiguousarray(out_grad, dtype=np.float32)
         batch, channels, height, width = self.inputs.shape
-        padded = np.pad(self.inputs, ((0, 0), (0, 0), (1, 1), (1, 1)), mode='constant')
+        padded = np.pad(self.inputs.transpose(0, 2, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), mode='constant')
         flat = out_grad.transpose(1, 0, 2, 3).reshape(self.out_channels, -1)
         self.grad_weight = np.empty(self.weight_shape, np.float32)
         for i in range(self.kernel_size):
             for j in range(self.kernel_size):
-                seen = padded[:, :, i:i + height, j:j + width].transpose(0, 2, 3, 1).reshape(-1, channels)
+                seen = padded[:, i:i + height, j:j + width].reshape(-1, channels)
                 self.grad_weight[:, :, i, j] = flat @ seen
         self.grad_bias = flat.sum(axis=1)
-        in_grad = self._conv_back(out_grad, np.zeros(padded.shape, np.float32), self.weight, 3, 1)
-        return in_grad[:, :, 1:-1, 1:-1]
+        if not self.passes_on:
+            return None
+        in_grad = np.zeros((batch, channels, height + 2, width + 2), np.float32)
+        return self._conv_back(out_grad, in_grad, self.weight, 3, 1)[:, :, 1:-1, 1:-1]
 
 
 class Adam(object):
@@ -218,6 +222,7 @@ def layers_to_train(arguments):
         trained[name] = TrainedConvolution(512, 512, 3, padding=1)
         trained[name].load_params(given[name + '.weight'].astype(np.float32), given[name + '.bias'])
         used += [trained[name], ReluLayer()]
+    trained['layer5_conv1'].passes_on = False
     used += [MaxPoolLayer(), Average()]
     training += used
     for i, (inputs, outputs) in enumerate(((512, 4096), (4096, 4096), (4096, len(CLASSES)))):
