@@ -1,0 +1,221 @@
+"""The whole network beside torch, for `bench.py --network`: layer by layer, both passes, and main.py as a process.
+
+The network has random weights and a random input; torch has the same ones.  Forward is float32 on both sides;
+backward is what the lab's dtypes make of it, float64 below the fully connected layers, and float64 in torch.
+"""
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+import textbook
+from bench import TEXTBOOK, Machine, get_num_threads, in_turns, ladders_of, on_one_thread, torch
+from vgg import VGG16
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROJECT = os.path.dirname(HERE)
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def random_network():
+    """VGG16 with weights of the size that keeps the numbers of every layer as large as those of the one before."""
+    model, rng = VGG16(), np.random.default_rng(0)
+    for layer in model.graph_layers.values():
+        if hasattr(layer, 'weight_shape'):
+            weight = rng.standard_normal(layer.weight_shape, dtype=np.float32)
+            weight *= np.float32((2 / (weight[0].size)) ** 0.5)
+            layer.load_params(weight, np.zeros(len(weight), np.float32))
+    return model, rng.standard_normal((1, 3, 224, 224), dtype=np.float32)
+
+
+def silent(work):
+    """The work with what it prints thrown away, but printed: that is part of the lab's passes."""
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        return work()
+
+
+def twin(model, dtype):
+    """The 37 layers in torch, {name: function}, with the weights of the model."""
+    from torch_main import network
+    return network({name: (torch.from_numpy(layer.weight).to(dtype), torch.from_numpy(layer.bias).to(dtype))
+                    for name, layer in model.graph_layers.items() if hasattr(layer, 'weight_shape')})
+
+
+# ------------------------------------------------------------------------------------------- layer by layer
+
+def layer_table(model, x, repeats):
+    """Lines of text: milliseconds of every layer, forward and backward, and what torch takes."""
+    layers = model.graph_layers
+    outputs, out_grad = {}, np.ones((1, 4), np.float32)
+    for name, layer in layers.items():
+        x, outputs[name] = layer.forward(x), x
+    times = {}
+    float32, float64 = (twin(model, torch.float32), twin(model, torch.float64)) if torch else (None, None)
+    for name, layer in reversed(list(layers.items())):
+        say('layer by layer: %s' % name)
+        x = outputs.pop(name)
+        works = {'forward': lambda: layer.forward(x), 'backward': lambda: layer.backward(out_grad)}
+        if torch:
+            x32, x64 = torch.from_numpy(x), torch.from_numpy(x).double().requires_grad_()
+            y64, g64 = float64[name](x64), torch.from_numpy(np.ascontiguousarray(out_grad)).double()
+            works['torch forward'] = lambda: float32[name](x32)
+            works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
+        in_turns(works, 1)
+        times[name] = {key: 1e3 * np.median(value) for key, value in in_turns(works, repeats).items()}
+        out_grad = layer.backward(out_grad)
+
+    lines = ['%-15s %9s %9s %7s   %9s %9s %7s' % ('milliseconds', 'forward', 'torch', 'ratio', 'backward', 'torch',
+                                                'ratio')]
+    rows = [(name, times[name]) for name in layers]
+    rows.append(('all', {key: sum(row[key] for _, row in rows) for key in rows[0][1]}))
+    for name, row in rows:
+        cells = []
+        for key in ('forward', 'backward'):
+            other = row.get('torch ' + key)
+            cells += ['%.3f' % row[key], '%.3f' % other, '%.2f' % (row[key] / other)] if other else [
+                '%.3f' % row[key], '', '']
+        lines.append(('%-15s %9s %9s %7s   %9s %9s %7s' % ((name,) + tuple(cells))).rstrip())
+    return '\n'.join(lines)
+
+
+# ---------------------------------------------------------------------------------- the rows of whole passes
+
+def spread(times):
+    return '%8.3f s [%.3f .. %.3f]' % (np.median(times), min(times), max(times))
+
+
+def row(what, mine, other):
+    """A line of text: how many times the other's seconds the first one takes, and both with their extremes."""
+    return '%7.2f  %-52s %s  /  %s' % (np.median(mine) / np.median(other), what, spread(mine), spread(other))
+
+
+def passes(model, x, repeats):
+    """Lines of text about the whole forward and backward pass, taking turns with torch and with one thread."""
+    out_grad = np.ones((1, 4), np.float32)
+
+    def forward():
+        return silent(lambda: model.forward(x))
+
+    def backward():
+        return silent(lambda: model.backward(out_grad))
+
+    works = {'forward': forward, 'backward': backward}
+    if get_num_threads() > 1:
+        works.update({'forward 1': on_one_thread(forward), 'backward 1': on_one_thread(backward)})
+    if torch:
+        float32, float64 = twin(model, torch.float32), twin(model, torch.float64)
+
+        def through(layers, y):
+            for layer in layers.values():
+                y = layer(y)
+            return y
+
+        x64 = torch.from_numpy(x).double().requires_grad_()
+        y64, g64 = through(float64, x64), torch.from_numpy(out_grad).double()
+        works['torch forward'] = lambda: through(float32, torch.from_numpy(x))
+        works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
+    say('whole passes')
+    in_turns(works, 1)
+    times = in_turns(works, repeats)
+    lines = []
+    if torch:
+        lines += [row('whole forward, prints included / torch float32', times['forward'], times['torch forward']),
+                  row('whole backward to the picture / torch float64', times['backward'], times['torch backward'])]
+    both = np.add(times['forward'], times['backward'])
+    lines.append(row('textbook / ours, forward and backward', [textbook_seconds(model)], both))
+    if 'forward 1' in times:
+        lines.append(row('one thread / %d threads, forward and backward' % get_num_threads(),
+                         np.add(times['forward 1'], times['backward 1']), both))
+    return '\n'.join(lines)
+
+
+def textbook_seconds(model):
+    """One forward and one backward pass with the textbook's loops: convolutions (two channels of each, scaled up),
+    poolings and fully connected layers; what is between them is left out."""
+    total = 0
+    names = [name for name in model.graph_layers if 'conv' in name or 'maxpool' in name]
+    for steps in ladders_of(names, Machine(1, 1, 1), channels=2):
+        say('textbook: %s' % steps.title)
+        work = {TEXTBOOK: steps.rungs[TEXTBOOK]}
+        in_turns(work, 1)
+        total += in_turns(work, 1)[TEXTBOOK][0] / steps.part
+    for name, layer in model.graph_layers.items():
+        if 'fullyconnect' in name:
+            say('textbook: %s' % name)
+            x, y = np.ones((1, layer.in_features), np.float32), np.ones((1, layer.out_features), np.float32)
+            works = {'forward': lambda: textbook.fully_connect(x, y, layer.weight, layer.bias),
+                     'backward': lambda: textbook.fully_connect_back(y, x, layer.weight)}
+            in_turns(works, 1)
+            total += sum(times[0] for times in in_turns(works, 1).values())
+    return total
+
+
+# ------------------------------------------------------------------------------------- main.py as a process
+
+def process(command):
+    """(seconds from start to exit, peak resident bytes) of a command; RuntimeError with its last line if it fails."""
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = status
+        if status:
+            errors.seek(0)
+            lines = errors.read().decode(errors='replace').strip().splitlines() or ['exit status %d' % status]
+            raise RuntimeError('%s failed: %s' % (os.path.basename(command[1]), lines[-1]))
+    return seconds, usage.ru_maxrss * 1024    # KiB on Linux
+
+
+def first_run(arguments):
+    """Seconds and bytes of main.py in a fresh copy of the project: kernels to compile, checkpoint to expand."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, 'copy')
+        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns('.*', '__pycache__', 'tests', 'vgg16_ckpt.npy'))
+        return process([sys.executable, os.path.join(copy, 'main.py')] + arguments)
+
+
+def script(repeats, ckpt):
+    """Lines of text about main.py, from the start of the process to its end."""
+    arguments = ['--ckpt', ckpt] if ckpt else []
+    ours = [sys.executable, os.path.join(PROJECT, 'main.py')] + arguments
+    theirs = [sys.executable, os.path.join(HERE, 'torch_main.py')]
+    theirs += [os.path.join(PROJECT, 'file', 'tulips_demo.jpg'), ckpt] if ckpt else []
+    say('main.py')
+    process(ours)
+    runs, torch_runs, first_runs = [], [], []
+    for _ in range(repeats):
+        runs.append(process(ours))
+        if torch:
+            torch_runs.append(process(theirs))
+        first_runs.append(first_run(arguments))
+    seconds = [run[0] for run in runs]
+    lines = []
+    if torch:
+        lines.append(row('main.py, second run / the same in torch', seconds, [run[0] for run in torch_runs]))
+    else:
+        lines.append('         %-52s %s' % ('main.py, second run', spread(seconds)))
+    lines.append('         %-52s %s' % ('main.py, first run on a fresh copy', spread([run[0] for run in first_runs])))
+    memory = '%8.2f GB' % (max(run[1] for run in runs) * 1e-9)
+    if torch:
+        memory += '  /  %.2f GB in torch' % (max(run[1] for run in torch_runs) * 1e-9)
+    lines.append('         %-52s %s' % ('main.py, most memory resident', memory))
+    return '\n'.join(lines)
+
+
+def report(repeats, ckpt):
+    """Print all of it."""
+    try:
+        processes = script(repeats, ckpt)    # first: Linux counts the memory of a parent as its children's
+    except RuntimeError as error:
+        processes = '         main.py is left out: %s' % error
+    model, x = random_network()
+    print('%s\n%s\n\n%s' % (passes(model, x, repeats), processes, layer_table(model, x, repeats)))

@@ -1,0 +1,213 @@
+"""The rungs of tests/ladder.py against the textbook, and the measuring around them against ladders made up here."""
+import collections
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import bench
+import bench_network
+import ladder
+import textbook
+from file import picture
+from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
+
+COMMAND = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'bench.py')]
+PEAKS = bench.Machine(1e9, 1e9, 1e9)
+RUNGS = {'loop order': ladder.loop_order, 'four channels': ladder.four_channels,
+         'tiles': lambda *arrays: ladder.tiles(*(arrays + (False,))),
+         'four taps': lambda *arrays: ladder.tiles(*(arrays + (True,)))}
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('rung', sorted(RUNGS))
+@pytest.mark.parametrize('ins, outs, height, width, K', [
+    (1, 1, 1, 1, 1), (3, 4, 5, 7, 3), (2, 5, 14, 14, 3), (5, 9, 3, 40, 2), (2, 3, 60, 33, 5), (1, 6, 2, 1000, 3)])
+def test_rungs_are_the_textbook(rung, ins, outs, height, width, K, dtype):
+    rng = np.random.RandomState(0)
+    x = rng.normal(0, 1, (ins, height + K - 1, width + K - 1)).astype(dtype)
+    weight, bias = rng.normal(0, 1, (outs, ins, K, K)).astype(dtype), rng.normal(0, 1, outs).astype(dtype)
+    y = np.full((outs, height, width), np.nan, dtype)
+    right = textbook.conv(x[None], np.empty_like(y[None]), weight, bias, K, 1)[0]
+    assert RUNGS[rung](x, y, weight, bias) is y
+    assert np.abs(y - right).max() <= np.abs(right).max() * (1e-5 if dtype == np.float32 else 1e-13)
+
+
+def test_planes_too_wide_for_a_tile_are_refused():
+    x, weight = np.zeros((1, 3, ladder.PITCH + 3), np.float32), np.zeros((1, 1, 3, 3), np.float32)
+    y = np.zeros((1, 1, ladder.PITCH + 1), np.float32)
+    for rung in ('four channels', 'tiles'):
+        with pytest.raises(AssertionError):
+            RUNGS[rung](x, y, weight, np.zeros(1, np.float32))
+
+
+def small_ladders():
+    return (bench.convolution_ladders('conv', ConvolutionLayer(5, 6, 3, padding=1), (5, 9, 7), PEAKS, 4)
+            + bench.pooling_ladders('pool', MaxPoolLayer(), (3, 8, 6), PEAKS))
+
+
+def test_small_ladders_are_right():
+    """Every rung, layer.py and torch included, forward and backward."""
+    ladders = small_ladders()
+    assert [steps.title for steps in ladders] == ['conv forward, float32', 'conv backward, float64',
+                                                  'pool forward, float32', 'pool backward, float64']
+    assert [steps.work for steps in ladders] == [2 * 6 * 5 * 9 * 9 * 7] * 2 + [
+        4 * 3 * (48 + 12 + 12), 3 * (8 * 48 + 8 * 12 + 4 * 12)]
+    for steps in ladders:
+        assert ('torch' in steps.rungs) == (bench.torch is not None)
+        bench.check(steps)
+
+
+@pytest.mark.parametrize('which', range(4))
+def test_a_wrong_rung_is_named(which):
+    """One that is off by a little in its last number, and one that writes nothing."""
+    for spoil in (1.001, 0):
+        steps = small_ladders()[which]
+        name, run = list(steps.rungs.items())[1]
+
+        def wrong():
+            result = run() if spoil else [steps.buffers[0]]
+            result[0][-1, -1, -1] += 0.001 * np.abs(result[0]).max()
+            return result
+
+        steps.rungs[name] = wrong
+        with pytest.raises(SystemExit, match='%s: "%s" differs' % (steps.title, name)):
+            bench.check(steps)
+
+
+def made_up(**rungs):
+    """A ladder whose textbook does a quarter of the work."""
+    rungs = collections.OrderedDict([(bench.TEXTBOOK, rungs.pop('textbook'))] + sorted(rungs.items()))
+    return bench.Ladder('layer1 forward', 'some planes', rungs, [0], 0.25, (), 4e9, 'GFLOP/s', 8e9)
+
+
+def test_the_textbook_is_scaled_up_to_all_channels():
+    medians = bench.measure(made_up(textbook=lambda: time.sleep(0.02), other=lambda: time.sleep(0.02)), 3)
+    assert medians[bench.TEXTBOOK] >= 0.08 and medians['other'] < medians[bench.TEXTBOOK]
+
+
+def test_work_takes_turns():
+    seen = []
+    times = bench.in_turns({'a': lambda: seen.append('a'), 'b': lambda: seen.append('b')}, 3)
+    assert seen == ['a', 'b'] * 3 and [len(times[name]) for name in 'ab'] == [3, 3]
+
+
+def test_on_one_thread_leaves_the_number_of_threads_as_it_was():
+    before = bench.get_num_threads()
+    assert bench.on_one_thread(bench.get_num_threads)() == 1
+    with pytest.raises(ZeroDivisionError):
+        bench.on_one_thread(lambda: 1 / 0)()
+    assert bench.get_num_threads() == before
+
+
+def test_table():
+    lines = bench.table(made_up(textbook=None), collections.OrderedDict([
+        (bench.TEXTBOOK, 20.0), ('layer.py', 0.8)])).splitlines()
+    assert lines[0] == 'layer1 forward: some planes'
+    assert lines[2].split() == ['textbook', 'order', '20.00000', '0.2', '2.5', '%', '1.0']
+    assert lines[3].split() == ['layer.py', '0.80000', '5.0', '62.5', '%', '25.0']
+
+
+def test_plot_has_a_bar_for_every_rung():
+    steps = made_up(textbook=None)
+    page = bench.drawn([(steps, {bench.TEXTBOOK: 100.0, 'layer.py': 1.0}), (steps, {bench.TEXTBOOK: 2.0})], 'note')
+    red = (page == picture.RED).all(axis=2)
+    bars = [row for row in red if row.sum() > 130]
+    assert len(bars) == 18 and all(row[336:336 + 135].all() for row in bars), 'half of the peak, half of the bar'
+    frame = np.ones(page.shape[:2], bool)
+    frame[30:-30, 110:-110] = False
+    assert (page[frame] == picture.PAPER).all(), 'something runs into the margin'
+
+
+@pytest.mark.parametrize('arguments, reason', [
+    (['--layer', 'layer9_conv1'], 'layer9_conv1'), (['--plot', 'out.gif'], 'out.gif'), (['--repeats', '0'], '--repeats')])
+def test_wrong_arguments_are_refused_before_anything_is_measured(arguments, reason):
+    done = subprocess.run(COMMAND + arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert (done.returncode, done.stdout) == (2, '') and reason in done.stderr.splitlines()[-1]
+
+
+def test_command(tmp_path):
+    done = subprocess.run(COMMAND + ['--layer', 'layer5_maxpool', '--repeats', '1', '--plot', 'out.png'],
+                          cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    for title in ('layer5_maxpool forward, float32', 'layer5_maxpool backward, float64'):
+        assert title + ': 512 planes of 14 x 14' in done.stdout
+    assert os.listdir(str(tmp_path)) == ['out.png']
+
+
+# -------------------------------------------------------------------------------------------- --network
+
+class Small(object):
+    """A network of a few layers with VGG16's names."""
+
+    def __init__(self):
+        self.graph_layers = {'layer1_conv1': ConvolutionLayer(3, 4, 3, padding=1), 'layer1_relu1': ReluLayer(),
+                             'layer1_maxpool': MaxPoolLayer(), 'flatten': FlattenLayer(),
+                             'fullyconnect1': FullyConnectLayer(64, 4)}
+        for name in ('layer1_conv1', 'fullyconnect1'):
+            layer = self.graph_layers[name]
+            layer.load_params(layer.weight.astype(np.float32), layer.bias.astype(np.float32))
+
+    def forward(self, x):
+        for name, layer in self.graph_layers.items():
+            print(name)
+            x = layer.forward(x)
+        return x
+
+    def backward(self, grad):
+        for layer in reversed(list(self.graph_layers.values())):
+            grad = layer.backward(grad)
+        return grad
+
+
+def test_layer_table_has_a_row_for_every_layer_and_their_sum():
+    x = np.ones((1, 3, 8, 8), np.float32)
+    rows = [line.split() for line in bench_network.layer_table(Small(), x, 2).splitlines()[1:]]
+    assert [row[0] for row in rows] == list(Small().graph_layers) + ['all']
+    step = 3 if bench.torch else 1
+    for column in (1, 1 + step):
+        assert abs(sum(float(row[column]) for row in rows[:-1]) - float(rows[-1][column])) < 0.005
+
+
+def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
+    monkeypatch.setattr(bench_network, 'torch', None)
+    monkeypatch.setattr(bench_network, 'textbook_seconds', lambda model: 1.0)
+    model, x = Small(), np.ones((1, 3, 8, 8), np.float32)
+    model.forward(x)
+    capsys.readouterr()
+    text = bench_network.passes(model, x, 2)
+    assert 'textbook / ours' in text and capsys.readouterr().out == ''
+
+
+def test_a_row_is_the_ratio_of_the_medians():
+    words = bench_network.row('a / b', [1, 3, 50], [4, 6, 8]).split()
+    assert words == '0.50 a / b 3.000 s [1.000 .. 50.000] / 6.000 s [4.000 .. 8.000]'.split()
+
+
+def test_process_measures_seconds_and_memory_and_names_a_failure():
+    seconds, size = bench_network.process([sys.executable, '-c', 'import time; b"x" * 900000000; time.sleep(0.2)'])
+    assert seconds >= 0.2 and 9e8 <= size < 1.1e9
+    with pytest.raises(RuntimeError, match='failed: broken'):
+        bench_network.process([sys.executable, '-c', 'import sys; sys.exit("broken")'])
+
+
+def test_the_network_in_torch_is_the_same_network():
+    torch = pytest.importorskip('torch')
+    model, x = bench_network.random_network()
+    x64 = torch.from_numpy(x).double().requires_grad_()
+    y32, y64, out, g = torch.from_numpy(x), x64, x, np.ones((1, 4), np.float32)
+    for name, layer in model.graph_layers.items():
+        out = layer.forward(out)
+    float32, float64 = bench_network.twin(model, torch.float32), bench_network.twin(model, torch.float64)
+    assert list(float32) == list(model.graph_layers)
+    for name in float32:
+        y32, y64 = float32[name](y32), float64[name](y64)
+    assert np.abs(out - y32.numpy()).max() < 1e-4 * np.abs(out).max()
+    for layer in reversed(list(model.graph_layers.values())):
+        g = layer.backward(g)
+    right = torch.autograd.grad(y64, x64, torch.ones((1, 4)).double())[0].numpy()
+    # a ReLU or a maximum that float32 decides otherwise moves single pixels: the whole is compared
+    assert np.linalg.norm(g - right) < 0.01 * np.linalg.norm(right)
