@@ -123,7 +123,8 @@ def test_plot_has_a_bar_for_every_rung():
 
 
 @pytest.mark.parametrize('arguments, reason', [
-    (['--layer', 'layer9_conv1'], 'layer9_conv1'), (['--plot', 'out.gif'], 'out.gif'), (['--repeats', '0'], '--repeats')])
+    (['--layer', 'layer9_conv1'], 'layer9_conv1'), (['--plot', 'out.gif'], 'out.gif'),
+    (['--repeats', '0'], '--repeats')])
 def test_wrong_arguments_are_refused_before_anything_is_measured(arguments, reason):
     done = subprocess.run(COMMAND + arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert (done.returncode, done.stdout) == (2, '') and reason in done.stderr.splitlines()[-1]
