@@ -146,6 +146,7 @@ def convolution_ladders(name, layer, shape, peaks, channels):
 
     backward = convolution_rungs(plain_back, g_pad, in_grad, turned, np.zeros(ins),
                                  lambda: [layer.backward(g[None])[0]])
+    layer.forward(x[None])    # its backward needs one
     if torch:
         t = [torch.from_numpy(array) for array in (x[None], weight, layer.bias, g[None], weight.astype(np.float64))]
         forward['torch'] = lambda: torch.nn.functional.conv2d(t[0], t[1], t[2], padding=P).numpy()
@@ -191,7 +192,7 @@ def pooling_ladders(name, layer, shape, peaks):
         y64 = pool(x64.requires_grad_(), 2)
         forward['torch'] = lambda: [pool(x_torch, 2, return_indices=True)[0][0].numpy()]
         backward['torch'] = lambda: [torch.autograd.grad(y64, x64, g_torch, retain_graph=True)[0][0].numpy()]
-    layer.forward(x[None])
+    layer.forward(x[None])    # backward needs its argidx
     about, everything = '%d planes of %d x %d' % shape, np.arange(shape[0])
     return [Ladder(name + ' forward, float32', about, forward, everything, 1, (y, argidx),
                    x.nbytes + y.nbytes + argidx.nbytes, 'GB/s', peaks.bandwidth),
