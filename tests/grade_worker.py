@@ -73,23 +73,35 @@ def settled(name, off, inputs):
 
 
 def judge(name, actual, expected, inputs=None):
-    """What is wrong with a result, or None; inputs are the layer's, for a gradient."""
+    """What is wrong with a result, or None; inputs, for a gradient, is a function that returns the layer's inputs."""
     if not isinstance(actual, np.ndarray):
         return 'returns %s, not an array' % type(actual).__name__
     if actual.shape != expected.shape:
         return 'shape %s, should be %s' % (actual.shape, expected.shape)
+    magnitudes = np.abs(expected)
+    size, largest = magnitudes.sum(dtype=np.float64), magnitudes.max()
+
+    def small(off):
+        return off.sum(dtype=np.float64) <= TOLERANCE * size and off.max() <= TOLERANCE_OF_ONE * largest
+
+    with np.errstate(all='ignore'):
+        off = np.abs(actual - expected)
+        if small(off):
+            return None
     if not np.isfinite(actual).all():
         return 'has numbers that are not finite'
-    off = np.subtract(actual, expected, dtype=np.float64)
-    off = np.abs(off if inputs is None else settled(name, off, inputs))
-    size = np.abs(expected).sum(dtype=np.float64)
-    error, worst = off.sum(), off.max()
-    if error <= TOLERANCE * size and worst <= TOLERANCE_OF_ONE * np.abs(expected).max():
-        return None
+    if inputs is not None:
+        off = np.abs(settled(name, actual - expected, inputs())).reshape(actual.shape)
+        if small(off):
+            return None
+    error, worst = off.sum(dtype=np.float64), off.max()
     if not actual.any():
         return 'all zeros'
+    if error <= TOLERANCE * size:
+        return 'some numbers off, by up to %.2g of the largest, at %s' % (worst / largest, tuple(
+            int(index) for index in np.unravel_index(off.argmax(), actual.shape)))
     ratio = np.vdot(actual, expected) / max(np.vdot(expected, expected), np.finfo(np.float64).tiny)
-    if np.abs(actual - ratio * expected).sum() <= 10 * TOLERANCE * abs(ratio) * size:
+    if abs(ratio - 1) > 1e-3 and np.abs(actual - ratio * expected).sum() <= 1e-3 * abs(ratio) * size:
         return '%.4g times what it should be' % ratio
     return 'off by %.2g of its sum of magnitudes' % (error / size if size else np.inf)
 
@@ -196,7 +208,7 @@ class Examination(object):
         back = direction == 'backward'
         try:
             result = getattr(layer, direction)(given)
-            wrong = judge(name, result, expected, picture.given('forward', name) if back else None)
+            wrong = judge(name, result, expected, (lambda: picture.given('forward', name)) if back else None)
         except (Exception, SystemExit) as error:
             wrong = account(error)
         self.say(direction=direction, layer=name, picture=picture.index, chain=chain, wrong=wrong)

@@ -5,10 +5,12 @@
 The package itself is the only source.  The bodies are found in its syntax tree, and so are the functions that only
 they need, which go with them.  tests/textbook.py loses the same four formulas, being the solution too: tests that
 compare with it are skipped, and the ones beside them, which compare with scipy and with numerical gradients, stay.
+tests/ladder.py, which makes the loops fast step by step, stays behind, and so does what imports it.
 """
 import argparse
 import ast
 import fnmatch
+import glob
 import os
 import re
 import shutil
@@ -90,6 +92,18 @@ def files_of(folder):
             path = os.path.join(place, name)
             if os.path.isfile(path) and not os.path.islink(path):
                 yield os.path.relpath(path, folder)
+
+
+def solved(project):
+    """The modules of tests/ that show the solution: ladder.py and those that import it, directly or not."""
+    names, imports = {'ladder'}, {}
+    for path in glob.glob(os.path.join(project, 'tests', '*.py')):
+        nodes = [node for node in ast.walk(ast.parse(read(path))) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        imports[os.path.basename(path)[:-len('.py')]] = {getattr(node, 'module', None) or alias.name for node in nodes
+                                                         for alias in node.names}
+    for _ in imports:
+        names |= {name for name, others in imports.items() if others & names}
+    return {os.path.join('tests', name + '.py') for name in names}
 
 
 # ------------------------------------------------------------------------------------------- cutting a source
@@ -241,7 +255,7 @@ def write(folder):
         raise HandoutError('%s: its folder is not there: make it first' % folder)
     part = tempfile.mkdtemp(prefix=os.path.basename(folder) + '.', suffix='.part', dir=os.path.dirname(folder))
     try:
-        for path in files_of(PROJECT):
+        for path in sorted(set(files_of(PROJECT)) - solved(PROJECT)):
             target = os.path.join(part, path)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.copy(os.path.join(PROJECT, path), target)

@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 
+import grade_worker
 import handout
 import textbook
 
@@ -175,6 +176,8 @@ CASES = {
         '    return the_shipped(self, out_grad)')),
     'too much memory': Case(60, 'forward flatten', said='MemoryError', layer=method(
         'FlattenLayer', 'def forward(self, inputs):\n    return np.ones((2**33, 8))')),
+    'endless printing': Case(60, 'forward flatten', said='File too large', layer=method(
+        'FlattenLayer', 'def forward(self, inputs):\n    while True:\n        print("#" * 2**20)')),
     'exits': Case(0, said='SystemExit', layer='raise SystemExit(0)\n'),
     'missing layer': Case(0, said='layer 22 of graph_layers should be layer4_conv3, is layer4_relu3', vgg=[(
         "'layer4_conv3': self.layer4_conv3, ", '')]),
@@ -270,6 +273,41 @@ def test_score(name, results):
     if case.first_wrong:
         assert result['first_wrong'][:2] == case.first_wrong.split()
         assert 'first wrong: %s, %s' % tuple(reversed(case.first_wrong.split())) in result['report']
+
+
+def test_judge():
+    """Rounding is right; one wrong number, a factor, another shape and what is not finite are not."""
+    expected = np.random.RandomState(1).randn(2, 3, 8, 8).astype(np.float32)
+    one = expected.copy()
+    one[1, 2, 3, 4] += 0.005 * abs(expected).max()
+    with np.errstate(all='ignore'):
+        infinite = expected / (expected != one)
+    for actual, words in [(expected * (1 + 2e-6), None), (expected.astype(np.float64), None), (one, 'at (1, 2, 3, 4)'),
+                          (expected * 1.01, '1.01 times'), (expected * 1.0002, 'off by 0.0002'), (-expected, '-1 times'),
+                          (expected * 0, 'all zeros'), (expected[:1], 'shape'), (None, 'returns NoneType'),
+                          (infinite, 'not finite'), (expected[::-1], 'off by')]:
+        wrong = grade_worker.judge('layer1_conv1', actual, expected)
+        assert words in wrong if words else wrong is None
+
+
+def test_a_tie_may_go_either_way_and_nothing_else_may():
+    inputs = np.array([[1., 0, 5, 5], [0, 0, 3, 2], [-2, -3, 0, 7], [-4, -5, 7, 7 + 1e-5]])[None, None]
+    expected = np.array([[1., 0, 2, 0], [0, 0, 0, 0], [3, 0, 0, 4], [0, 0, 0, 0]])[None, None]
+
+    def judged(name, changes):
+        actual = expected.copy()
+        for h, w, value in changes:
+            actual[0, 0, h, w] = value
+        return grade_worker.judge(name, actual, expected, lambda: inputs)
+
+    pool = 'layer1_maxpool'
+    for changes in ([(0, 2, 0), (0, 3, 2)], [(2, 3, 0), (3, 3, 4)], [(2, 3, 0), (3, 2, 1), (3, 3, 3)]):
+        assert judged(pool, changes) is None and judged('layer1_conv1', changes)
+    for changes in ([(0, 0, 0), (0, 1, 1)], [(0, 2, 0), (1, 2, 2)], [(0, 2, 0), (0, 3, 2.02)], [(2, 3, 0), (2, 2, 4)]):
+        assert judged(pool, changes)
+    relu = 'layer1_relu1'
+    assert judged(relu, [(0, 1, 6), (1, 0, -2)]) is None    # inputs of 0
+    assert judged(relu, [(2, 0, 0)]) and judged(relu, [(2, 1, 6)]) and judged('relu1', [(0, 0, 0)])
 
 
 def test_right_layers_after_a_wrong_one_are_not_blamed(results):

@@ -29,8 +29,10 @@ def run(command, **options):
 
 
 def test_the_tree_is_the_same(start):
-    paths = list(handout.files_of(PROJECT))
+    solved = handout.solved(PROJECT)
+    paths = [path for path in handout.files_of(PROJECT) if path not in solved]
     assert list(handout.files_of(start)) == paths
+    assert os.path.join('tests', 'ladder.py') in solved and os.path.join('tests', 'test_layers.py') not in solved
     assert {'layer.py', 'vgg.py', 'main.py', os.path.join('tests', 'grade.py')} <= set(paths)
     assert not any('.git' + os.sep in path or '__pycache__' in path or 'vgg16_ckpt' in path for path in paths)
     changed = []
