@@ -313,6 +313,7 @@ def run(arguments):
 
 def main(argv=None):
     """Run the command; return its exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # the workers have to end with this process
     try:
         run(parse(argv))
         return 0

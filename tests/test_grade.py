@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -341,6 +343,31 @@ def test_wrong_arguments(package, tmp_path, arguments, words):
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
     assert done.stderr.startswith('grade.py: ') and words in done.stderr
     assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='sends a signal')
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_grading_leaves_no_process_and_no_file(package, tmp_path, number):
+    submission, temporary, pid = (tmp_path / name for name in ('submission', 'tmp', 'pid'))
+    submission.mkdir()
+    temporary.mkdir()
+    (submission / 'layer.py').write_text('')
+    (submission / 'vgg.py').write_text('import os\nopen(%r, "w").write("%%d\\n" %% os.getpid())\nwhile True:\n    pass\n'
+                                       % str(pid))
+    process = subprocess.Popen([sys.executable, os.path.join(TESTS, 'grade.py'), str(submission)] +
+                               list(map(str, small(package))), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               universal_newlines=True, env=dict(os.environ, TMPDIR=str(temporary)))
+    try:
+        while not (pid.exists() and pid.read_text().endswith('\n')) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err.split('\n')[-2]) == (130, '', 'grade.py: interrupted')
+    assert os.listdir(str(temporary)) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_handed_out_and_solved(package, tmp_path):
