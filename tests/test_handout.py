@@ -12,7 +12,8 @@ import handout
 TESTS = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(TESTS)
 
-pytestmark = pytest.mark.skipif(handout.is_handout(PROJECT), reason='is one itself')
+if handout.is_handout(PROJECT):
+    pytest.skip('is a hand-out itself', allow_module_level=True)
 
 
 @pytest.fixture(scope='module')
