@@ -110,12 +110,12 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, height, 
 
         w = np.empty((taps, GROUP), dtype=x.dtype)
         acc = np.empty(GROUP * PITCH, dtype=x.dtype)
+        for t in range(taps):
+            for c in range(GROUP):    # a group beyond the last channel repeats it and is not stored
+                w[t, c] = weight[min(c0 + c, channels - 1) * channel + picks[t]]
         for c in range(GROUP):
-            mine = min(c0 + c, channels - 1)    # a group beyond the last channel repeats it and is not stored
-            for t in range(taps):
-                w[t, c] = weight[mine * channel + picks[t]]
             for p in range(c * PITCH, c * PITCH + length):
-                acc[p] = bias[mine]
+                acc[p] = bias[min(c0 + c, channels - 1)]
 
         t = 0
         while t + 4 <= taps:
@@ -177,17 +177,28 @@ def _pad(planes, padding, out):
 
 # -------------------------------------------------------------------------------------------- pooling loops
 
-@kernel
-def _take_larger(best, index, row, first, stride, candidate):
+@jit(nopython=True, inline='always')
+def _compare(best, index, row, first, stride, candidate):
     """Where row[first + w * stride] beats best[w], put it there and note its index in the window.
 
-    Not `larger than` but `not smaller than or equal`, so that a NaN wins, as in np.max; the first one stays.
+    A NaN beats every number, as in np.max; the first one among equals stays.  Both branches of each choice are
+    computed, with & and |, because a jump would keep the processor from comparing several windows at a time.
     """
-    for w in range(len(best)):
-        x = row[first + w * stride]
-        wins = not (x <= best[w]) and best[w] == best[w]
-        best[w] = x if wins else best[w]
+    first, stride = np.uint64(first), np.uint64(stride)
+    for w in range(np.uint64(len(best))):
+        x, b = row[first + w * stride], best[w]
+        wins = (x > b) | ((x != x) & (b == b))
+        best[w] = x if wins else b
         index[w] = candidate if wins else index[w]
+
+
+@kernel
+def _take_larger(best, index, row, first, stride, candidate):
+    """_compare, compiled once more for the usual stride: known beforehand, it makes the loop four times faster."""
+    if stride == 2:
+        _compare(best, index, row, first, 2, candidate)
+    else:
+        _compare(best, index, row, first, stride, candidate)
 
 
 # ------------------------------------------------------------------------------------ fully connected loops

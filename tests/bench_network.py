@@ -1,7 +1,7 @@
 """The whole network beside torch, for `bench.py --network`: layer by layer, both passes, and main.py as a process.
 
 The network has random weights and a random input; torch has the same ones.  Forward is float32 on both sides;
-backward is what the lab's dtypes make of it, float64 below the fully connected layers, and float64 in torch.
+backward is float64 on both sides, as the lab's dtypes make it.
 """
 import contextlib
 import os
@@ -54,7 +54,7 @@ def twin(model, dtype):
 def layer_table(model, x, repeats):
     """Lines of text: milliseconds of every layer, forward and backward, and what torch takes."""
     layers = model.graph_layers
-    outputs, out_grad = {}, np.ones((1, 4), np.float32)
+    outputs, out_grad = {}, np.ones((1, 4))
     for name, layer in layers.items():
         x, outputs[name] = layer.forward(x), x
     times = {}
@@ -99,7 +99,7 @@ def row(what, mine, other):
 
 def passes(model, x, repeats):
     """Lines of text about the whole forward and backward pass, taking turns with torch and with one thread."""
-    out_grad = np.ones((1, 4), np.float32)
+    out_grad = np.ones((1, 4))
 
     def forward():
         return silent(lambda: model.forward(x))

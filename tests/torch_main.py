@@ -2,7 +2,7 @@
 
     python tests/torch_main.py [IMAGE [CHECKPOINT]]
 
-float32 throughout, as one would write it; layer.py's gradients are float64 below the fully connected layers.
+float32 throughout, as one would write it; layer.py's gradients are float64.
 """
 import os
 import sys
