@@ -85,7 +85,8 @@ def parse(path):
         if values and len(values) == 2:
             lines.setdefault(match.groups()[:2], values)
     if not lines:
-        raise TranscriptError('%s: has no line like `forward: layer1_conv1: MEAN SUM`: give what main.py printed' % path)
+        raise TranscriptError('%s: has no line like `forward: layer1_conv1: MEAN SUM`: '
+                              'give what main.py printed' % path)
 
     between = re.search(r'\[\[([^][]*)\]\](.*?)(^[ \t]*backward: |\Z)', text, re.DOTALL | re.MULTILINE)
     if between and numbers(between.group(1)):
@@ -241,4 +242,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')    # a class in letters that the console lacks
     sys.exit(main())

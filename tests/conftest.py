@@ -1,4 +1,4 @@
-"""What every test needs: the project on the import path, the stages of the rubric, and a word on what is not written."""
+"""What every test needs: the project on the import path, the rubric's stages, and a word on what is not written."""
 import importlib
 import os
 import sys

@@ -111,9 +111,9 @@ def expect(runner, work, arguments):
     pictures = arguments.image or [os.path.join(PROJECT, 'file', 'tulips_demo.jpg')]
     seed = '' if arguments.image else str(secrets.randbelow(10**6) if arguments.seed is None else arguments.seed)
     start = time.time()
-    status = runner.run([os.path.join(HERE, 'grade_expect.py'), folder, os.path.abspath(arguments.package), seed,
-                         os.path.abspath(arguments.ckpt) if arguments.ckpt else ''] + list(map(os.path.abspath, pictures)),
-                        output)
+    ckpt = os.path.abspath(arguments.ckpt) if arguments.ckpt else ''
+    command = [os.path.join(HERE, 'grade_expect.py'), folder, os.path.abspath(arguments.package), seed, ckpt]
+    status = runner.run(command + list(map(os.path.abspath, pictures)), output)
     if status:
         raise GradingError((text_of(output).strip().split('\n') or ['?'])[-1])
     with open(os.path.join(folder, 'expected.json')) as file:
@@ -200,7 +200,8 @@ def verdict(facts, events, end):
 def grade(runner, work, facts, index, arguments):
     """Grade one submission: what verdict says, its seconds, and all that it said and printed."""
     folder, place = arguments.submissions[index], os.path.join(work, str(index))
-    submission, home, events, output = (os.path.join(place, name) for name in ('submission', 'home', 'events', 'output'))
+    submission, home, events, output = (
+        os.path.join(place, name) for name in ('submission', 'home', 'events', 'output'))
     os.makedirs(home)
     open(events, 'w').close()
     open(output, 'w').close()
@@ -262,9 +263,8 @@ def parse(argv):
     for folder in arguments.submissions + [arguments.package]:
         if not os.path.isdir(folder):
             raise GradingError('%s: is no folder: give the folder that holds layer.py and vgg.py' % folder)
-    for path in [arguments.json] if arguments.json else []:
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise GradingError('%s: its folder is not there: make it first' % path)
+    if arguments.json and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.json))):
+        raise GradingError('%s: its folder is not there: make it first' % arguments.json)
     if handout.is_handout(arguments.package):
         raise GradingError('%s: is a hand-out, which does not know what is right: '
                            'grade with the whole package' % os.path.abspath(arguments.package))
@@ -326,4 +326,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')    # a student's message in letters that the console lacks
     sys.exit(main())

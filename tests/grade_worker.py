@@ -247,11 +247,12 @@ class Examination(object):
                 wrong = account(error)
             if wrong:
                 wrongs.append(wrong)
-                self.say(direction=direction, layer='VGG16.' + direction, picture=picture.index, chain=True, wrong=wrong)
+                self.say(direction=direction, layer='VGG16.' + direction, picture=picture.index, wrong=wrong)
             network.graph_layers = layers
         for name in self.names if direction == 'forward' else reversed(self.names):
             if name not in seen:
-                wrongs.append(self.layer(picture, direction, name, layers[name], picture.given(direction, name), False)[1])
+                given_right = picture.given(direction, name)
+                wrongs.append(self.layer(picture, direction, name, layers[name], given_right, False)[1])
         right = given is not None and not any(wrongs)
         self.say(passed=direction, picture=picture.index, right=right)
         return right, result
@@ -296,7 +297,7 @@ class Examination(object):
             wrong = judge('', grad, expected)
         except (Exception, SystemExit) as error:
             wrong = account(error)
-        self.say(direction='backward', layer='CrossEntropy', picture=picture.index, chain=True, wrong=wrong)
+        self.say(direction='backward', layer='CrossEntropy', picture=picture.index, wrong=wrong)
         return (expected if wrong else grad), wrong
 
     def backward(self, picture, network, CrossEntropy, logits):

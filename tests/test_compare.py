@@ -13,7 +13,7 @@ LAYERS += ['flatten', 'fullyconnect1', 'relu1', 'fullyconnect2', 'relu2', 'fully
 
 
 def transcript(changes=(), after=None):
-    """Lines like main.py's; changes multiply (mean, sum) of {(direction, name)}, and after = the first of all that do."""
+    """Lines like main.py's; changes multiply (mean, sum) of {(direction, name)}; from after on, all are wrong."""
     rng, lines = random.Random(5), ['reloaded success'] * 16
     factor = 1
     for direction in ('forward', 'backward'):
@@ -121,7 +121,8 @@ def test_first_wrong_layer_is_named(files, capsys, after, layer, words):
 
 @pytest.mark.parametrize('old, new, words', [
     ('tulips', 'roses', 'not the class'), ('9.5', '9.6', 'not the loss'),
-    ('[[ 7.000000', '[[ 7.100000', 'fullyconnect3 went wrong first'), ('1e-05 1.5', '1e-05 1.6', 'layer1_conv1 went wrong'),
+    ('[[ 7.000000', '[[ 7.100000', 'fullyconnect3 went wrong first'),
+    ('1e-05 1.5', '1e-05 1.6', 'layer1_conv1 went wrong'),
     ('1e-05 1.5', 'nan nan', 'layer1_conv1 went wrong'),
 ])
 def test_lines_that_are_no_layers(files, capsys, old, new, words):
