@@ -33,7 +33,7 @@ import threading
 import time
 
 import handout
-from compare import LOSS, cause
+from compare import cause
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(HERE)
@@ -228,8 +228,9 @@ def report(result, facts):
         yield '%5d  %s: %s' % (points, title, 'yes' if reason is None else 'no: ' + reason)
     first = result['first_wrong']
     if first:
-        direction, layer, _ = first
-        usual = ', usually ' + cause(direction, layer) if layer in dict(facts['layers']) else ''
+        direction, layer, why = first
+        numbers = layer in dict(facts['layers']) and why.startswith(('off by', 'some numbers', 'shape'))
+        usual = ', usually ' + cause(direction, layer) if numbers else ''
         yield '       first wrong: %s, %s%s' % (layer, direction, usual)
     for direction in ('forward', 'backward'):
         for kind in dict.fromkeys(kind for _, kind in facts['layers']):
