@@ -37,6 +37,8 @@ CAUSES = {
     ('backward', 'flatten'): 'the shape of the inputs, which forward has to note',
     ('backward', 'fullyconnect'): 'the gradient of the inputs is out_grad times the weight, not its transpose',
 }
+# They only move numbers: moved to a wrong place, these keep their sum, and the line after the next layer tells it.
+MOVERS = (('backward', 'maxpool'), ('forward', 'flatten'), ('backward', 'flatten'))
 PREPROCESSING = ('picture decoding or preprocessing: another picture, another JPEG decoder, BGR for RGB, the resizing, '
                  'or the mean and deviation')
 LOSS = 'CrossEntropy, or another label'
@@ -46,9 +48,13 @@ class TranscriptError(Exception):
     """A file that is no transcript; the text says which, and what to do."""
 
 
+def kind_of(name):
+    return next((kind for kind in KINDS if kind in name), None)
+
+
 def cause(direction, name):
     """What usually makes a layer of that name go wrong."""
-    return CAUSES[direction, next(kind for kind in KINDS if kind in name)]
+    return CAUSES[direction, kind_of(name)]
 
 
 def text_of(path):
@@ -186,9 +192,12 @@ def diagnosis(rows, direction):
             'class': 'it is CLASSES[np.argmax(outputs)]', 'loss': LOSS}[row['name']])
     if index == 0:
         return '%s: already the first line differs: %s' % (direction, PREPROCESSING if direction == 'forward' else LOSS)
-    layer = mine[index - 1]['name'] if row['name'] != 'logits' else 'fullyconnect3'
-    return '%s: %s went wrong first (its result is line %s); usually %s' % (
-        direction, layer, row['name'], cause(direction, layer))
+    layer = mine[index - 1]['name']
+    blamed, usual = layer, cause(direction, layer)
+    before = mine[index - 2]['name'] if index > 1 else ''
+    if (direction, kind_of(before)) in MOVERS:
+        blamed, usual = '%s or %s' % (before, layer), '%s; or %s' % (cause(direction, before), usual)
+    return '%s: %s went wrong first (line %s shows it); usually %s' % (direction, blamed, row['name'], usual)
 
 
 def summary(rows):

@@ -18,10 +18,11 @@ import types
 
 import numpy as np
 
-# Measured with plain loops and with float64 in place of layer.py's float32: 1.2e-6 of the sum of magnitudes and
-# 2.5e-6 of the largest number, wherever no tie is decided otherwise (see settled).
-TOLERANCE = 1e-4
-TOLERANCE_OF_ONE = 1e-3
+# Measured with plain loops and with float64 in place of layer.py's float32: 1.3e-6 of the sum of magnitudes and
+# 2.5e-6 of the largest number, wherever no tie is decided otherwise (see settled).  A convolution of the shipped
+# network without its bias is off by 6e-5 and more.
+TOLERANCE = 2e-5
+TOLERANCE_OF_ONE = 1e-4
 NEARLY = 2e-5    # numbers that differ by less, relative to the largest, may be equal to another correct program
 LONGEST = 300    # characters of an error message; numba's fill pages
 
@@ -291,7 +292,7 @@ class Examination(object):
         try:
             loss = CrossEntropy()
             value = float(np.mean(loss.forward(logits, np.array([picture.facts['label']]))))
-            if abs(value - picture.facts['loss']) > TOLERANCE * max(1, picture.facts['loss']):
+            if abs(value - picture.facts['loss']) > TOLERANCE_OF_ONE * max(1, picture.facts['loss']):
                 self.say(note='CrossEntropy: the loss is %.6g, should be %.6g' % (value, picture.facts['loss']))
             grad = loss.backward()
             wrong = judge('', grad, expected)
