@@ -5,7 +5,8 @@
 A line gives the mean and the sum of a tensor.  Rounding makes sums differ in proportion to the tensor's sum of
 magnitudes, and not to the sum itself, which may cancel to nothing.  The magnitudes are read from FILE, where
 tests/tensors.py was told to print them for the expected run (by default from expected_tensors.txt where EXPECTED is
-an expected_output.txt beside it); without them sums are compared with themselves, a hundred times less strictly.
+an expected_output.txt beside it); without them sums are compared with themselves, ten times less strictly forward
+and two hundred times backward.
 
 The exit status is 0 if all lines agree, 1 if not, 2 if a file is no transcript.
 """
