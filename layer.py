@@ -32,9 +32,19 @@ def kernel(function=None, parallel=False):
     if function is None:
         return lambda function: kernel(function, parallel)
     try:
-        return jit(parallel=parallel, cache=True, **FLAGS)(function)
+        compiled = jit(parallel=parallel, cache=True, **FLAGS)(function)
     except RuntimeError:    # numba found no place for its cache: compile in every run
         return jit(parallel=parallel, **FLAGS)(function)
+    save = compiled._cache.save_overload
+
+    def save_if_there_is_room(*code):
+        try:
+            save(*code)
+        except OSError:    # the disk is full: compile again in the next run
+            pass
+
+    compiled._cache.save_overload = save_if_there_is_room
+    return compiled
 
 
 # ---------------------------------------------------------------------------------------- convolution loops
@@ -482,7 +492,7 @@ class ConvolutionLayer(_Parameters):
 
         inputs_pad = np.empty((batch, channels, pad_height, pad_width), dtype=inputs.dtype)
         _pad(inputs, self.padding, inputs_pad)
-        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
+        outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
         weight, bias = self._typed(inputs.dtype)
         return self._conv(inputs_pad, outputs, weight, bias, self.kernel_size, self.stride)
 
@@ -635,8 +645,8 @@ class MaxPoolLayer(object):
         self.output_shape = (batch, channels, _windows(height, self.kernel_size, self.stride, 'inputs'),
                              _windows(width, self.kernel_size, self.stride, 'inputs'))
         self.input_shape = inputs.shape
-        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
-        argidx = np.empty(self.output_shape, dtype=np.int32)
+        outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
+        argidx = np.zeros(self.output_shape, dtype=np.int32)
         outputs, self.argidx = self._pool(outputs, inputs, argidx, self.kernel_size, self.stride)
         return outputs
 

@@ -179,12 +179,13 @@ class Adam(object):
                 self.mean[name, key] = value.copy()
 
     def step(self, rates):
-        """One step with the gradients that the layers hold; rates gives the learning rate of a layer by its name."""
+        """One step with the gradients that the layers hold; rates maps layers that take part to their learning rates."""
         self.steps += 1
         correction = np.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
-        for name, layer in self.layers.items():
+        for name, rate in rates.items():
+            layer = self.layers[name]
             for key in ('weight', 'bias'):
-                value, rate = getattr(layer, key), rates(name)
+                value = getattr(layer, key)
                 gradient = getattr(layer, 'grad_' + key).astype(np.float32, copy=False)
                 first, second, mean = self.first[name, key], self.second[name, key], self.mean[name, key]
                 first += 0.1 * (gradient - first)
@@ -225,13 +226,15 @@ def layers_to_train(arguments):
     trained['layer5_conv1'].passes_on = False
     used += [MaxPoolLayer(), Average()]
     training += used
-    for i, (inputs, outputs) in enumerate(((512, 4096), (4096, 4096), (4096, len(CLASSES)))):
+    # He's initial deviation, less where the numbers that come in are large, and little for the logits
+    shapes = ((512, 4096, 0.25), (4096, 4096, 1), (4096, len(CLASSES), 0.1))
+    for i, (inputs, outputs, share) in enumerate(shapes):
         if i > 0:
             used.append(ReluLayer())
             training += [used[-1], Dropout(arguments.dropout, rng)]
         name = 'fullyconnect%d' % (i + 1)
         trained[name] = FullyConnectLayer(inputs, outputs)
-        trained[name].load_params((rng.randn(outputs, inputs) * np.sqrt(2.0 / inputs)).astype(np.float32),
+        trained[name].load_params((rng.randn(outputs, inputs) * share * np.sqrt(2.0 / inputs)).astype(np.float32),
                                   np.zeros(outputs, np.float32))
         used.append(trained[name])
         training.append(trained[name])
@@ -287,6 +290,7 @@ def train(arguments):
     seen = np.array([i for i, row in enumerate(rows) if not row[2]])
     views = [np.load(os.path.join(arguments.work, 'view%d.npy' % view), mmap_mode='r') for view in arguments.views]
     used, training, trained = layers_to_train(arguments)
+    head = training[training.index(next(layer for layer in training if isinstance(layer, Average))):]
     optimiser, loss = Adam(trained, arguments.decay), CrossEntropy()
     state = os.path.join(arguments.work, arguments.state)
 
@@ -302,8 +306,14 @@ def train(arguments):
             done = (epoch + start / len(order)) / arguments.epochs
             fade = 0.5 * (1 + np.cos(np.pi * done)) * min(1, 0.01 + optimiser.steps / 100)
             total += loss.forward(forward(training, x), labels[batch]) * len(batch)
-            backward(training, smoothed(loss, labels[batch], arguments.smoothing))
-            optimiser.step(lambda name: fade * (arguments.rate if 'conv' in name else arguments.head_rate))
+            grad = smoothed(loss, labels[batch], arguments.smoothing)
+            if epoch < arguments.warm:
+                backward(head, grad)
+                optimiser.step({name: fade * arguments.head_rate for name in trained if 'conv' not in name})
+            else:
+                backward(training, grad)
+                optimiser.step({name: fade * (arguments.rate if 'conv' in name else arguments.head_rate)
+                                for name in trained})
         save_state(state, epoch + 1, optimiser)
         table = confusion(used, mean(), views[0], labels, held)
         say('epoch %d of %d: loss %.4f, validation %.2f %%' % (
@@ -342,10 +352,11 @@ def main():
     parser.add_argument('--views', type=int, nargs='+', default=list(range(6)), help='which views (default: 0 to 5)')
     parser.add_argument('--out', default=PACKED, help='what train writes (default: %(default)s)')
     parser.add_argument('--state', default='state.npz', help='where in --work train keeps its progress')
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=9)
+    parser.add_argument('--warm', type=int, default=1, help='epochs in which only the fully connected layers learn')
     parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--rate', type=float, default=2e-5, help='learning rate of the convolutions')
-    parser.add_argument('--head-rate', type=float, default=2e-4, help='learning rate of the fully connected layers')
+    parser.add_argument('--rate', type=float, default=2e-5, help='largest learning rate of the convolutions')
+    parser.add_argument('--head-rate', type=float, default=3e-4, help='and of the fully connected layers')
     parser.add_argument('--dropout', type=float, default=0.5)
     parser.add_argument('--smoothing', type=float, default=0.1)
     parser.add_argument('--decay', type=float, default=0.02)

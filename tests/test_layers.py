@@ -153,6 +153,32 @@ def test_convolution_at_every_block_boundary(channels):
         np.testing.assert_array_equal(layer.backward(out_grad), expected, err_msg='width %d' % width)
 
 
+@backward_stage
+def test_convolution_and_pooling_of_random_shapes():
+    rng = np.random.RandomState(20)
+    for trial in range(150):
+        kernel_size, padding, stride = rng.randint(1, 6), rng.randint(0, 4), rng.randint(1, 5)
+        least = max(1, kernel_size - 2 * padding)
+        case = (rng.randint(0, 4), rng.randint(1, 10), rng.randint(1, 10), rng.randint(least, 25),
+                rng.randint(least, 60), kernel_size, padding, stride)
+        layer, inputs, inputs_pad = convolution(case, (np.float32, np.float64)[trial % 2])
+        outputs = layer.forward(inputs)
+        expected = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, kernel_size, stride)
+        np.testing.assert_array_equal(outputs, expected, err_msg=str(case))
+        out_grad = numbers(*outputs.shape, seed=trial)
+        expected = textbook.conv_back(out_grad, np.zeros(inputs_pad.shape), layer.weight, kernel_size, stride)
+        expected = expected[:, :, padding:padding + case[3], padding:padding + case[4]]
+        np.testing.assert_array_equal(layer.backward(out_grad), expected, err_msg=str(case))
+
+        pool = MaxPoolLayer(kernel_size, stride)
+        if min(case[3:5]) >= kernel_size:
+            pooled = pool.forward(np.round(inputs))
+            expected = textbook.pool(np.zeros_like(pooled), np.round(inputs), np.zeros(pooled.shape, np.int32),
+                                     kernel_size, stride)
+            np.testing.assert_array_equal(pooled, expected[0], err_msg=str(case))
+            np.testing.assert_array_equal(pool.argidx, expected[1], err_msg=str(case))
+
+
 @forward_stage
 def test_convolution_errs_no_more_than_the_formula():
     layer, inputs, inputs_pad = convolution((1, 64, 8, 30, 30, 3, 1, 1), np.float32)

@@ -1,5 +1,6 @@
 """main.py as a process: the same bytes with any number of threads, and no harm from hostile surroundings."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,21 @@ def test_it_runs_where_no_cache_can_be_written(plain_run, tmp_path):
     status, out, err = run(without=['HOME'], NUMBA_CACHE_DIR=str(blocked))
     assert (status, err) == (0, '')
     assert transcript(out) == plain_run
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='limits the size of files')
+def test_it_runs_on_a_full_disk(plain_run, tmp_path):
+    """No file may get a single byte: neither the checkpoint nor the compiled loops can be kept."""
+    import resource
+    copy = str(tmp_path / 'copy')
+    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns('.*', '__pycache__', 'tests', 'vgg16_ckpt.npy'))
+    done = subprocess.run([sys.executable, os.path.join(copy, 'main.py')], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path / 'cache')),
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert done.returncode == 0, done.stderr.decode()
+    assert 'cannot be written' in done.stderr.decode() and 'Traceback' not in done.stderr.decode()
+    assert transcript(done.stdout.decode()) == plain_run
+    assert not [name for name in os.listdir(os.path.join(copy, 'file')) if 'ckpt.npy' in name]
 
 
 def test_it_runs_from_any_folder_and_in_ascii(plain_run, tmp_path, monkeypatch):
