@@ -47,6 +47,14 @@ def pack(weight):
     -------
     tuple of ndarray
         q, int8 of the shape of weight, and scale, float32 (out,).
+
+    Examples
+    --------
+    >>> q, scale = pack([[1.0, 0.25, -0.01, 0.0]])
+    >>> q
+    array([[127,  63, -13,   0]], dtype=int8)
+    >>> unpack(q, scale).round(2)
+    array([[ 1.  ,  0.25, -0.01,  0.  ]], dtype=float32)
     """
     rows = np.asarray(weight, dtype=np.float64).reshape(len(weight), -1)
     mantissa, exponent = np.frexp(np.abs(rows).max(axis=1) / 127**2)
