@@ -259,6 +259,17 @@ def test_pooling_and_gradient_are_torchs(case):
 
 
 @forward_stage
+@pytest.mark.parametrize('case', [case for case in POOLINGS if case[0]])
+def test_pooling_is_np_max(case):
+    layer, inputs = pooling(case)
+    outputs, K, S = layer.forward(inputs), layer.kernel_size, layer.stride
+    for h in range(outputs.shape[2]):
+        for w in range(outputs.shape[3]):
+            window = inputs[:, :, h * S:h * S + K, w * S:w * S + K]
+            np.testing.assert_array_equal(outputs[:, :, h, w], window.max(axis=(2, 3)))
+
+
+@forward_stage
 def test_pooling_takes_a_nan_as_np_max_does():
     inputs = numbers(1, 2, 6, 8)
     inputs[0, 0, 1, 1] = inputs[0, 0, 0, 2] = inputs[0, 1, 0, 0] = np.nan
