@@ -21,9 +21,9 @@ from numba import jit, prange
 # faster and each result slightly more accurate; every x86 since 2013 and every 64-bit Arm has the instruction.
 FLAGS = {'nopython': True, 'fastmath': {'contract'}}
 
-GROUP = 4      # output channels, rows or samples that share each number that is read
-BAND = 1024
-PITCH = BAND + 48    # between the sums of two channels: exactly 4096 bytes apart, they would evict each other
+GROUP = 8            # output channels of a convolution that share each number that is read
+BAND = 512           # positions of a plane that one job of a convolution covers, at most
+PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 LANES = 512          # partial sums of a dot product
 
 
@@ -51,50 +51,65 @@ def kernel(function=None, parallel=False):
 
 @kernel
 def _add_four_taps(acc, length, x, r0, r1, r2, r3, w, t):
-    """acc[c, p] += sum of w[t + a, c] * x[r_a + p] over four taps a, for four channels c.
+    """acc[c, p] += sum of w[t + i, c] * x[r_i + p] over four taps i, for eight channels c, a to h.
 
-    The innermost loop of a convolution.  Each x that is read serves four output channels, each accumulator that
-    is read and written serves four taps: 16 multiply-adds for 8 loads and 4 stores.  Indices are unsigned,
-    because numba would test a signed one for being negative (counted from the end) at every step.
+    The innermost loop of a convolution.  Each x that is read serves eight output channels, each sum that is read and
+    written serves four taps: 32 multiply-adds for 12 loads and 8 stores.  The positions are alone in a function,
+    and the indices unsigned, because older compilers do not take several positions at a time otherwise.
     """
-    a0, b0, c0, d0 = w[t, 0], w[t, 1], w[t, 2], w[t, 3]
-    a1, b1, c1, d1 = w[t + 1, 0], w[t + 1, 1], w[t + 1, 2], w[t + 1, 3]
-    a2, b2, c2, d2 = w[t + 2, 0], w[t + 2, 1], w[t + 2, 2], w[t + 2, 3]
-    a3, b3, c3, d3 = w[t + 3, 0], w[t + 3, 1], w[t + 3, 2], w[t + 3, 3]
+    a0, a1, a2, a3 = w[t, 0], w[t + 1, 0], w[t + 2, 0], w[t + 3, 0]
+    b0, b1, b2, b3 = w[t, 1], w[t + 1, 1], w[t + 2, 1], w[t + 3, 1]
+    c0, c1, c2, c3 = w[t, 2], w[t + 1, 2], w[t + 2, 2], w[t + 3, 2]
+    d0, d1, d2, d3 = w[t, 3], w[t + 1, 3], w[t + 2, 3], w[t + 3, 3]
+    e0, e1, e2, e3 = w[t, 4], w[t + 1, 4], w[t + 2, 4], w[t + 3, 4]
+    f0, f1, f2, f3 = w[t, 5], w[t + 1, 5], w[t + 2, 5], w[t + 3, 5]
+    g0, g1, g2, g3 = w[t, 6], w[t + 1, 6], w[t + 2, 6], w[t + 3, 6]
+    h0, h1, h2, h3 = w[t, 7], w[t + 1, 7], w[t + 2, 7], w[t + 3, 7]
     r0, r1, r2, r3 = np.uint64(r0), np.uint64(r1), np.uint64(r2), np.uint64(r3)
-    B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
+    B, C, D, E = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH), np.uint64(4 * PITCH)
+    F, G, H = np.uint64(5 * PITCH), np.uint64(6 * PITCH), np.uint64(7 * PITCH)
     for p in range(np.uint64(length)):
         x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
         acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
         acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
         acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
         acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+        acc[p + E] = acc[p + E] + e0 * x0 + e1 * x1 + e2 * x2 + e3 * x3
+        acc[p + F] = acc[p + F] + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3
+        acc[p + G] = acc[p + G] + g0 * x0 + g1 * x1 + g2 * x2 + g3 * x3
+        acc[p + H] = acc[p + H] + h0 * x0 + h1 * x1 + h2 * x2 + h3 * x3
 
 
 @kernel
-def _add_one_tap(acc, length, x, r, w, t):
-    """What is left over when the number of taps is no multiple of four."""
-    a, b, c, d = w[t, 0], w[t, 1], w[t, 2], w[t, 3]
-    r = np.uint64(r)
-    B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
+def _add_one_tap(acc, first, length, x, r, w):
+    """acc[first + p] += w * x[r + p]: what is left over when the number of taps is no multiple of four."""
+    first, r = np.uint64(first), np.uint64(r)
     for p in range(np.uint64(length)):
-        v = x[r + p]
-        acc[p] = acc[p] + a * v
-        acc[p + B] = acc[p + B] + b * v
-        acc[p + C] = acc[p + C] + c * v
-        acc[p + D] = acc[p + D] + d * v
+        acc[first + p] = acc[first + p] + w * x[r + p]
 
 
 @kernel(parallel=True)
-def _correlate(x, image, row, reads, weight, channel, picks, bias, out, height, width, top, left, step, add):
+def _pack(weight, channel, picks, channels, packed):
+    """packed[g, t, c] = weight[(g * GROUP + c) * channel + picks[t]]: what a job reads, one after another.
+
+    A group beyond the last channel repeats it; the copies are computed with and not stored.
+    """
+    for g in prange(packed.shape[0]):
+        for t in range(len(picks)):
+            for c in range(GROUP):
+                packed[g, t, c] = weight[min(g * GROUP + c, channels - 1) * channel + picks[t]]
+
+
+@kernel(parallel=True)
+def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left, step, add):
     """The sum at the heart of both directions of a convolution.
 
     For every image n, channel c, row h < height and column w < width
 
         out[n, c, top + h * step, left + w * step]
-            = bias[c] + sum over taps t of weight[c * channel + picks[t]] * x[n * image + reads[t] + h * row + w]
+            = bias[c] + sum over taps t of weight[c, t] * x[n * image + reads[t] + h * row + w]
 
-    A tap is one term of the formula's triple sum: which number of the planes it reads, which weight it picks.
+    A tap is one term of the formula's triple sum: which number of the planes it reads, and a weight (see _pack).
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
     end of one row of outputs and the start of the next are computed as well, and dropped.
@@ -107,25 +122,23 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, height, 
     most = BAND * 4 // max(4, x.itemsize)    # float64 sums are twice as long: half as many stay in the cache
     bands = (positions + most - 1) // most
     band = ((positions + bands - 1) // bands + 15) // 16 * 16
-    groups = (channels + GROUP - 1) // GROUP
+    groups = packed.shape[0]
     taps = len(reads)
     furthest = reads.max()
     for job in prange(batch * bands * groups):
-        n, first, c0 = job // (bands * groups), job // groups % bands * band, job % groups * GROUP
+        n, first, g = job // (bands * groups), job // groups % bands * band, job % groups
         length = min(band, positions - first)
         # A multiple of 16 spares the compiler's loop over what is left; only the last image has no room for it.
         start = n * image + first
         if start + furthest + (length + 15) // 16 * 16 <= len(x):
             length = (length + 15) // 16 * 16
 
-        w = np.empty((taps, GROUP), dtype=x.dtype)
-        acc = np.empty(GROUP * PITCH, dtype=x.dtype)
-        for t in range(taps):
-            for c in range(GROUP):    # a group beyond the last channel repeats it and is not stored
-                w[t, c] = weight[min(c0 + c, channels - 1) * channel + picks[t]]
+        w = packed[g]
+        acc = np.empty(GROUP * PITCH + 16, dtype=x.dtype)
+        acc = acc[(64 - np.int64(acc.ctypes.data % np.uint64(64))) % 64 // acc.itemsize:]    # cache lines begin there
+        mine = min(GROUP, channels - g * GROUP)
         for c in range(GROUP):
-            for p in range(c * PITCH, c * PITCH + length):
-                acc[p] = bias[min(c0 + c, channels - 1)]
+            acc[c * PITCH:c * PITCH + length] = bias[g * GROUP + min(c, mine - 1)]
 
         t = 0
         while t + 4 <= taps:
@@ -133,17 +146,18 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, height, 
                            start + reads[t + 3], w, t)
             t += 4
         while t < taps:
-            _add_one_tap(acc, length, x, start + reads[t], w, t)
+            for c in range(mine):
+                _add_one_tap(acc, c * PITCH, length, x, start + reads[t], w[t, c])
             t += 1
 
-        for c in range(min(GROUP, channels - c0)):
+        for c in range(mine):
             for h in range(first // row, min(height, (first + band - 1) // row + 1)):
                 shift = c * PITCH + h * row - first
                 for p in range(max(0, first - h * row), min(width, first + band - h * row)):
                     if add:
-                        out[n, c0 + c, top + h * step, left + p * step] += acc[shift + p]
+                        out[n, g * GROUP + c, top + h * step, left + p * step] += acc[shift + p]
                     else:
-                        out[n, c0 + c, top + h * step, left + p * step] = acc[shift + p]
+                        out[n, g * GROUP + c, top + h * step, left + p * step] = acc[shift + p]
 
 
 @kernel(parallel=True)
@@ -272,8 +286,8 @@ def _fully_connect_back(out_grad, in_grad, weight):
         for n in range(batch):
             for i in range(first, last):
                 in_grad[n, i] = 0
-        whole = out_features // GROUP * GROUP
-        for o in range(0, whole, GROUP):
+        whole = out_features // 4 * 4
+        for o in range(0, whole, 4):
             for n in range(batch):
                 _add_four_rows(in_grad, n, first, last, weight, o,
                                out_grad[n, o], out_grad[n, o + 1], out_grad[n, o + 2], out_grad[n, o + 3])
@@ -286,14 +300,14 @@ def _fully_connect_back(out_grad, in_grad, weight):
 def _fully_connect_grad(out_grad, inputs, grad_weight, grad_bias):
     """grad_weight[o, i] = sum over n of out_grad[n, o] * inputs[n, i]; grad_bias[o] = sum of out_grad[n, o]."""
     batch, in_features = inputs.shape
-    whole = batch // GROUP * GROUP
+    whole = batch // 4 * 4
     for o in prange(out_grad.shape[1]):
         grad_bias[o] = 0
         for n in range(batch):
             grad_bias[o] += out_grad[n, o]
         for i in range(in_features):
             grad_weight[o, i] = 0
-        for n in range(0, whole, GROUP):
+        for n in range(0, whole, 4):
             _add_four_rows(grad_weight, o, 0, in_features, inputs, n,
                            out_grad[n, o], out_grad[n + 1, o], out_grad[n + 2, o], out_grad[n + 3, o])
         for n in range(whole, batch):
@@ -536,7 +550,6 @@ class ConvolutionLayer(_Parameters):
         rows, columns = (height + S - 1) // S, (width + S - 1) // S
         taps = in_channels * kernel_size * kernel_size
         reads = np.empty(taps, dtype=np.int64)
-        picks = np.arange(taps)
         t = 0
         for k in range(in_channels):
             for i in range(kernel_size):
@@ -546,8 +559,9 @@ class ConvolutionLayer(_Parameters):
                     t += 1
         image = in_channels * S * S * rows * columns
         x = _phases(inputs_pad, S).reshape(-1) if S > 1 else np.ascontiguousarray(inputs_pad).reshape(-1)
-        _correlate(x, image, columns, reads, np.ascontiguousarray(weight).reshape(-1), taps, picks, bias,
-                   outputs, out_height, out_width, 0, 0, 1, False)
+        packed = np.empty(((outputs.shape[1] + GROUP - 1) // GROUP, taps, GROUP), dtype=inputs_pad.dtype)
+        _pack(np.ascontiguousarray(weight).reshape(-1), taps, np.arange(taps), outputs.shape[1], packed)
+        _correlate(x, image, columns, reads, packed, bias, outputs, out_height, out_width, 0, 0, 1, False)
         return outputs
 
     @staticmethod
@@ -581,7 +595,9 @@ class ConvolutionLayer(_Parameters):
                             reads[t] = (c * rows + frame - u) * columns + frame - v
                             picks[t] = (c * in_channels * K + u * S + a) * K + v * S + b
                             t += 1
-                _correlate(framed.reshape(-1), out_channels * rows * columns, columns, reads, weights, K * K, picks,
+                packed = np.empty(((in_channels + GROUP - 1) // GROUP, len(reads), GROUP), dtype=in_grad.dtype)
+                _pack(weights, K * K, picks, in_channels, packed)
+                _correlate(framed.reshape(-1), out_channels * rows * columns, columns, reads, packed,
                            nothing, in_grad, out_height + tall - 1, out_width + wide - 1, a, b, S, True)
         return in_grad
 

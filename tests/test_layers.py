@@ -141,7 +141,7 @@ def test_convolution_gradient_is_the_slope(case):
 
 
 @forward_stage
-@pytest.mark.parametrize('channels', [1, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize('channels', [1, 3, 4, 5, 7, 8, 9, 17])
 def test_convolution_at_every_block_boundary(channels):
     for width in range(1, 41):
         layer, inputs, inputs_pad = convolution((1, channels, channels, 3, width, 3, 1, 1), np.float32)
