@@ -160,7 +160,7 @@ def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left
                         out[n, g * GROUP + c, top + h * step, left + p * step] = acc[shift + p]
 
 
-@kernel(parallel=True)
+@kernel
 def _phases(planes, step):
     """Split each plane into step * step smaller ones that a stride of `step` reads one after another.
 
@@ -171,7 +171,7 @@ def _phases(planes, step):
     batch, channels, height, width = planes.shape
     rows, columns = (height + step - 1) // step, (width + step - 1) // step
     parts = np.empty((batch, channels, step, step, rows, columns), dtype=planes.dtype)
-    for plane in prange(batch * channels):
+    for plane in range(batch * channels):
         n, c = plane // channels, plane % channels
         for i in range(step):
             for j in range(step):
@@ -191,12 +191,11 @@ def _pad(planes, padding, out):
     for plane in prange(batch * channels):
         n, c = plane // channels, plane % channels
         for h in range(height + 2 * padding):
-            inside = padding <= h < padding + height
-            for w in range(padding):
+            for w in range(width + 2 * padding):
                 out[n, c, h, w] = 0
-                out[n, c, h, padding + width + w] = 0
+        for h in range(height):
             for w in range(width):
-                out[n, c, h, padding + w] = planes[n, c, h - padding, w] if inside else 0
+                out[n, c, padding + h, padding + w] = planes[n, c, h, w]
 
 
 # -------------------------------------------------------------------------------------------- pooling loops
@@ -338,22 +337,22 @@ def _relu_back(out_grad, in_grad, positive):
         in_grad[p] = out_grad[p] if positive[p] else 0
 
 
-@kernel(parallel=True)
+@kernel
 def _flatten(inputs, outputs):
     """outputs[n, (c * H + h) * W + w] = inputs[n, c, h, w]."""
     batch, channels, height, width = inputs.shape
-    for plane in prange(batch * channels):
+    for plane in range(batch * channels):
         n, c = plane // channels, plane % channels
         for h in range(height):
             for w in range(width):
                 outputs[n, (c * height + h) * width + w] = inputs[n, c, h, w]
 
 
-@kernel(parallel=True)
+@kernel
 def _unflatten(out_grad, in_grad):
     """in_grad[n, c, h, w] = out_grad[n, (c * H + h) * W + w]."""
     batch, channels, height, width = in_grad.shape
-    for plane in prange(batch * channels):
+    for plane in range(batch * channels):
         n, c = plane // channels, plane % channels
         for h in range(height):
             for w in range(width):
