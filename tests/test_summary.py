@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from layer import ConvolutionLayer, FullyConnectLayer
+import vgg
 from vgg import VGG16
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -89,3 +90,14 @@ def test_command(tmp_path):
     done = subprocess.run([sys.executable, os.path.join(PROJECT, 'vgg.py')], cwd=str(tmp_path),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert (done.returncode, done.stderr, done.stdout) == (0, '', VGG16().summary() + '\n')
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_printed_mean_and_sum_are_numpys_to_the_bit(dtype):
+    rng = np.random.RandomState(4)
+    for shape in [(1,), (1, 3), (1, 3, 7, 11), (2, 64, 30, 30), (1, 64, 112, 112), (1, 25088)] * 8:
+        x = (rng.randn(*shape) * 10.0**rng.randint(-9, 9) + rng.randn()).astype(dtype)
+        for view in (x, x[..., ::-1], x[..., 1:] if shape[-1] > 1 else x):
+            mean, total = vgg._mean_and_sum(view)
+            assert (mean, total) == (view.mean(), view.sum())
+            assert (str(mean), str(total)) == (str(view.mean()), str(view.sum()))
