@@ -77,7 +77,7 @@ def read_image(img_path):
     except OSError as error:
         raise PictureError('%s: cannot be read (%s): give the path of a JPEG or PNG file' % (img_path, error.strerror))
     try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR)
     except cv2.error:    # larger than OpenCV's own limits
         image = None
     if image is None:
