@@ -154,10 +154,14 @@ def test_a_closed_pipe_ends_it_quietly():
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='sends a signal')
-def test_ctrl_c_ends_it_in_a_line():
+@pytest.mark.parametrize('moment', ['importing', 'running'])
+def test_ctrl_c_ends_it_in_a_line(moment):
     process = subprocess.Popen([sys.executable, '-u', os.path.join(PROJECT, 'main.py')], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
-    process.stdout.readline()
+    if moment == 'running':
+        process.stdout.readline()
+    else:
+        time.sleep(0.25)    # Python itself has started, numba and OpenCV have not all been imported
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1].decode().splitlines() == ['main.py: interrupted']
     assert process.returncode == 130
