@@ -17,6 +17,7 @@ def stop(*_):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, stop)
+
 # OpenCV itself stops at a thousand million pixels, which would take 3 GB; a hundred million are enough for a flower.
 os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))
 import cv2                      # noqa: E402

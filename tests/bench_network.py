@@ -1,4 +1,5 @@
-"""The whole network beside torch, for `bench.py --network`: layer by layer, both passes, and main.py as a process.
+"""The whole network beside torch, for `bench.py --network`: layer by layer, both passes, main.py as a process,
+and convolutions with other windows and strides than VGG16's.
 
 The network has random weights and a random input; torch has the same ones.  Forward is float32 on both sides;
 backward is float64 on both sides, as the lab's dtypes make it.
@@ -15,6 +16,7 @@ import numpy as np
 
 import textbook
 from bench import TEXTBOOK, Machine, get_num_threads, in_turns, ladders_of, on_one_thread, torch
+from layer import ConvolutionLayer
 from vgg import VGG16
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -83,6 +85,34 @@ def layer_table(model, x, repeats):
             cells += ['%.3f' % row[key], '%.3f' % other, '%.2f' % (row[key] / other)] if other else [
                 '%.3f' % row[key], '', '']
         lines.append(('%-15s %9s %9s %7s   %9s %9s %7s' % ((name,) + tuple(cells))).rstrip())
+    return '\n'.join(lines)
+
+
+# -------------------------------------------------------------------------------- other windows and strides
+
+WINDOWS = ((3, 1), (1, 1), (5, 1), (7, 1), (3, 2), (1, 2), (7, 2))    # (kernel_size, stride), VGG16's own first
+
+
+def window_table(repeats, channels=128, side=56):
+    """Lines of text: nanoseconds a thousand multiply-adds take with each window, and how many times VGG16's own."""
+    rng, works, operations = np.random.RandomState(0), {}, {}
+    x = rng.normal(0, 1, (1, channels, side, side)).astype(np.float32)
+    for K, S in WINDOWS:
+        layer = ConvolutionLayer(channels, channels, K, K // 2, S)
+        layer.load_params(rng.normal(0, 0.01, layer.weight_shape).astype(np.float32), np.zeros(channels, np.float32))
+        out_grad = layer.forward(x).astype(np.float64)
+        works[K, S, 'forward'] = lambda layer=layer: layer.forward(x)
+        works[K, S, 'backward'] = lambda layer=layer, out_grad=out_grad: layer.backward(out_grad)
+        operations[K, S] = out_grad.size * channels * K * K / 1e3
+    say('other windows and strides')
+    in_turns(works, 1)
+    each = {key: 1e9 * np.median(times) / operations[key[:2]] for key, times in in_turns(works, repeats).items()}
+    lines = ['%-15s %9s %9s   %9s %9s' % ('ns / 1000 MACs', 'forward', 'to 3, 1', 'backward', 'to 3, 1')]
+    for K, S in WINDOWS:
+        cells = ['K = %d, S = %d' % (K, S)]
+        for way in ('forward', 'backward'):
+            cells += [each[K, S, way], each[K, S, way] / each[WINDOWS[0] + (way,)]]
+        lines.append('%-15s %9.2f %9.2f   %9.2f %9.2f' % tuple(cells))
     return '\n'.join(lines)
 
 
@@ -218,4 +248,5 @@ def report(repeats, ckpt):
     except RuntimeError as error:
         processes = '         main.py is left out: %s' % error
     model, x = random_network()
-    print('%s\n%s\n\n%s' % (passes(model, x, repeats), processes, layer_table(model, x, repeats)))
+    print('%s\n%s\n\n%s\n\n%s' % (passes(model, x, repeats), processes, layer_table(model, x, repeats),
+                              window_table(repeats)))

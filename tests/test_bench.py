@@ -174,6 +174,15 @@ def test_layer_table_has_a_row_for_every_layer_and_their_sum():
         assert abs(sum(float(row[column]) for row in rows[:-1]) - float(rows[-1][column])) < 0.005
 
 
+def test_window_table_counts_what_a_multiply_add_takes():
+    rows = [line.rsplit(None, 4) for line in bench_network.window_table(1, channels=2, side=9).splitlines()[1:]]
+    assert [row[0] for row in rows] == ['K = %d, S = %d' % window for window in bench_network.WINDOWS]
+    assert rows[0][2] == rows[0][4] == '1.00'
+    for row in rows:
+        nanoseconds, ratio = float(row[1]), float(row[2])
+        assert ratio == pytest.approx(nanoseconds / float(rows[0][1]), rel=0.02, abs=0.01)
+
+
 def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
     monkeypatch.setattr(bench_network, 'torch', None)
     monkeypatch.setattr(bench_network, 'textbook_seconds', lambda model: 1.0)
