@@ -153,20 +153,21 @@ def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left
 
 
 @kernel
-def _phases(planes, step):
-    """Split each plane into step * step smaller ones that a stride of `step` reads one after another.
+def _phases(planes, step, used):
+    """Split each plane into smaller ones that a stride of `step` reads one after another.
 
-    planes (N, C, H, W) becomes (N, C, step, step, ceil(H / step), ceil(W / step)), where
+    planes (N, C, H, W) becomes (N, C, used, used, ceil(H / step), ceil(W / step)), where
     [n, c, i, j, h, w] = planes[n, c, h * step + i, w * step + j]: a window that moves by `step` in the plane
-    moves by one in each of its parts.  Past the edge there are zeros, which no output that is kept reads.
+    moves by one in each of its parts.  A window smaller than the step reads only `used` * `used` of the parts.
+    Past the edge there are zeros, which no output that is kept reads.
     """
     batch, channels, height, width = planes.shape
     rows, columns = (height + step - 1) // step, (width + step - 1) // step
-    parts = np.empty((batch, channels, step, step, rows, columns), dtype=planes.dtype)
+    parts = np.empty((batch, channels, used, used, rows, columns), dtype=planes.dtype)
     for plane in range(batch * channels):
         n, c = plane // channels, plane % channels
-        for i in range(step):
-            for j in range(step):
+        for i in range(used):
+            for j in range(used):
                 for h in range(rows):
                     for w in range(columns):
                         if h * step + i < height and w * step + j < width:
@@ -537,7 +538,7 @@ class ConvolutionLayer(_Parameters):
         """
         batch, in_channels, height, width = inputs_pad.shape
         out_height, out_width = outputs.shape[2:]
-        S = stride
+        S, used = stride, min(stride, kernel_size)
         rows, columns = (height + S - 1) // S, (width + S - 1) // S
         taps = in_channels * kernel_size * kernel_size
         reads = np.empty(taps, dtype=np.int64)
@@ -545,11 +546,11 @@ class ConvolutionLayer(_Parameters):
         for k in range(in_channels):
             for i in range(kernel_size):
                 for j in range(kernel_size):
-                    part = (k * S + i % S) * S + j % S
+                    part = (k * used + i % S) * used + j % S
                     reads[t] = (part * rows + i // S) * columns + j // S
                     t += 1
-        image = in_channels * S * S * rows * columns
-        x = _phases(inputs_pad, S).reshape(-1) if S > 1 else np.ascontiguousarray(inputs_pad).reshape(-1)
+        image = in_channels * used * used * rows * columns
+        x = _phases(inputs_pad, S, used).reshape(-1) if S > 1 else np.ascontiguousarray(inputs_pad).reshape(-1)
         packed = np.empty(((outputs.shape[1] + GROUP - 1) // GROUP, taps, GROUP), dtype=inputs_pad.dtype)
         _pack(np.ascontiguousarray(weight).reshape(-1), taps, np.arange(taps), outputs.shape[1], packed)
         _correlate(x, image, columns, reads, packed, bias, outputs, out_height, out_width, 0, 0, 1, False)

@@ -39,7 +39,7 @@ def machine():
     """The most that all threads reach together."""
     peaks = []
     for dtype in (np.float32, np.float64):
-        x, half, rounds = np.ones((4 * get_num_threads(), 2048), dtype), dtype(0.5), 2000
+        x, half, rounds = np.ones((4 * get_num_threads(), 4 * ladder.QUARTER), dtype), dtype(0.5), 2000
         ladder.compute(x, half, half, 1)
         times = in_turns({'': lambda: ladder.compute(x, half, half, rounds)}, 5)['']
         peaks.append(x.size * 16 * rounds / min(times))
