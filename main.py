@@ -10,7 +10,7 @@ import time
 
 
 def stop(*_):
-    """What Ctrl-C does while the imports below run; later it raises KeyboardInterrupt, see main."""
+    """What Ctrl-C does while the imports below run; later it raises KeyboardInterrupt, which main catches."""
     os.write(2, b'main.py: interrupted\n')
     os._exit(130)
 
@@ -204,7 +204,6 @@ def run(arguments):
 
 def main(argv=None):
     """Run the script; return its exit status."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(arguments_of(argv))
         sys.stdout.flush()
@@ -224,4 +223,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -3,7 +3,7 @@
     python tests/bench.py                        an early layer, a late one and a pooling, forward and backward
     python tests/bench.py --layer layer3_conv2   one layer of VGG16; can be given several times
     python tests/bench.py --plot ladder.png      the same as a picture
-    python tests/bench.py --network              all 37 layers, and main.py from start to exit
+    python tests/bench.py --network              all 37 layers, main.py from start to exit, other windows
 
 Every rung is compared with the textbook before it is timed.  What the machine can do is measured in the same run.
 """

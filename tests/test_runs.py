@@ -116,9 +116,11 @@ def test_it_runs_where_no_cache_can_be_written(plain_run, tmp_path):
     blocked.write_text(u'')
     shutil.copy(str(blocked), os.path.join(copy, '__pycache__'))
     nowhere = {name: str(blocked) for name in ('HOME', 'XDG_CACHE_HOME', 'LOCALAPPDATA')}
+    environment = dict(os.environ, **nowhere)
+    environment.pop('NUMBA_CACHE_DIR', None)
     arguments = ['--ckpt', os.path.join(FILE, 'vgg16_ckpt.npy')]
     asked = subprocess.run([sys.executable, '-c', 'import layer; print(type(layer._relu._cache).__name__)'],
-                           cwd=copy, env=dict(os.environ, **nowhere), stdout=subprocess.PIPE)
+                           cwd=copy, env=environment, stdout=subprocess.PIPE)
     assert asked.stdout.split() == [b'NullCache'], 'numba has found a place after all'
     status, out, err = run(os.path.join(copy, 'main.py'), arguments, without=['NUMBA_CACHE_DIR'], **nowhere)
     assert (status, err) == (0, '')
@@ -162,13 +164,13 @@ def test_a_closed_pipe_ends_it_quietly():
     assert process.wait() == 0
 
 
-def wait_for_imports(pid):
+def wait_for_imports(process):
     """Until the process has begun to load OpenCV, the first that main.py imports; numba and the rest take longer."""
-    maps = '/proc/%d/maps' % pid
+    maps = '/proc/%d/maps' % process.pid
     if not os.path.exists(maps):
         time.sleep(0.25)    # no Linux
         return
-    while True:
+    while process.poll() is None:
         with open(maps) as file:
             if 'cv2' in file.read():
                 return
@@ -182,7 +184,7 @@ def test_ctrl_c_ends_it_in_a_line(moment):
     if moment == 'running':
         process.stdout.readline()
     else:
-        wait_for_imports(process.pid)
+        wait_for_imports(process)
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1].decode().splitlines() == ['main.py: interrupted']
     assert process.returncode == 130
