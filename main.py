@@ -23,7 +23,7 @@ os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))
 import cv2                      # noqa: E402
 import numpy as np              # noqa: E402
 
-from file import checkpoint     # noqa: E402
+from file import ahead, checkpoint    # noqa: E402
 from loss import CrossEntropy   # noqa: E402
 from vgg import VGG16           # noqa: E402
 
@@ -173,27 +173,29 @@ def run(arguments):
             picture.check_path(arguments.picture)
         except ValueError as error:
             raise PictureError(error)
-    model.resume_weights(checkpoint.load(arguments.ckpt, shapes))
+    with ahead.backward_loops() as wait_for_backward_loops:
+        model.resume_weights(checkpoint.load(arguments.ckpt, shapes))
 
-    start_time = time.time()
-    tensor = process_image(arguments.image)
+        start_time = time.time()
+        tensor = process_image(arguments.image)
 
-    outputs = model.forward(tensor)
-    print(outputs)
-    pred = int(np.argmax(outputs))
-    print(CLASSES[pred])
+        outputs = model.forward(tensor)
+        print(outputs)
+        pred = int(np.argmax(outputs))
+        print(CLASSES[pred])
 
-    label = np.array([arguments.label, ])
-    loss_func = CrossEntropy()
-    loss = loss_func.forward(outputs, label)
-    print(loss)
+        label = np.array([arguments.label, ])
+        loss_func = CrossEntropy()
+        loss = loss_func.forward(outputs, label)
+        print(loss)
 
-    grad = loss_func.backward()
-    grad = model.backward(grad)
-    print(grad.mean(), grad.sum())
+        grad = loss_func.backward()
+        wait_for_backward_loops()
+        grad = model.backward(grad)
+        print(grad.mean(), grad.sum())
 
-    end_time = time.time()
-    print(end_time - start_time)
+        end_time = time.time()
+        print(end_time - start_time)
 
     if arguments.picture:
         try:

@@ -32,6 +32,11 @@ CONVOLUTIONS = [
     (1, 1, 6, 5, 40, 4, 1, 1),
     (0, 2, 3, 6, 6, 3, 1, 1),
 ]
+# The same for layers that take Winograd's way, which rounds otherwise than the formula: odd and even sides, channels
+# beyond the last group, rows longer than a band, other paddings.
+MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 33, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
+                 (3, 36, 34, 22, 25, 3, 2, 1), (1, 32, 33, 21, 530, 3, 1, 1), (1, 35, 32, 300, 21, 3, 3, 1),
+                 (0, 32, 32, 20, 20, 3, 1, 1)]
 # batch, channels, height, width, kernel_size, stride
 POOLINGS = [(1, 1, 2, 2, 2, 2), (2, 3, 8, 6, 2, 2), (1, 2, 7, 9, 2, 2), (2, 2, 9, 9, 3, 2), (1, 3, 8, 40, 3, 1),
             (1, 2, 11, 10, 2, 3), (3, 1, 5, 5, 5, 5), (1, 4, 6, 6, 1, 1), (0, 2, 4, 4, 2, 2)]
@@ -106,7 +111,38 @@ def test_convolution_gradient_is_the_formula_to_the_bit(case):
 
 
 @forward_stage
-@pytest.mark.parametrize('case', CONVOLUTIONS)
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('case', MANY_CHANNELS)
+def test_convolution_of_many_channels_is_the_formula(case, dtype):
+    """As near to the exact numbers as the formula's loops are, and not the same bits: it really took the other way."""
+    layer, inputs, inputs_pad = convolution(case, dtype)
+    outputs = layer.forward(inputs)
+    weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
+    exact = textbook.conv(inputs_pad.astype(np.float64), np.zeros(outputs.shape), weight, bias, 3, 1)
+    assert outputs.dtype == dtype
+    if dtype == np.float32:
+        plain = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
+        assert np.square(outputs - exact).sum() <= np.square(plain - exact).sum()
+    else:
+        np.testing.assert_allclose(outputs, exact, rtol=1e-11, atol=1e-12)
+    assert len(inputs) == 0 or (outputs != exact).any()
+
+
+@backward_stage
+@pytest.mark.parametrize('case', MANY_CHANNELS)
+def test_convolution_gradient_of_many_channels_is_the_formula(case):
+    """Added to what is there, as the formula adds it."""
+    layer, inputs, inputs_pad = convolution(case)
+    out_grad = numbers(*layer.forward(inputs).shape, seed=1)
+    there = numbers(*inputs_pad.shape, seed=2)
+    expected = textbook.conv_back(out_grad, there.copy(), layer.weight, 3, 1)
+    in_grad = ConvolutionLayer._conv_back(out_grad, there.copy(), layer.weight, 3, 1)
+    np.testing.assert_allclose(in_grad, expected, rtol=1e-11, atol=1e-12)
+    assert len(inputs) == 0 or (in_grad != expected).any()
+
+
+@forward_stage
+@pytest.mark.parametrize('case', CONVOLUTIONS + MANY_CHANNELS)
 def test_convolution_is_scipys(case):
     layer, inputs, inputs_pad = convolution(case)
     S = layer.stride
@@ -118,7 +154,7 @@ def test_convolution_is_scipys(case):
 
 @needs_torch
 @backward_stage
-@pytest.mark.parametrize('case', CONVOLUTIONS)
+@pytest.mark.parametrize('case', CONVOLUTIONS + MANY_CHANNELS)
 def test_convolution_and_gradient_are_torchs(case):
     layer, inputs, _ = convolution(case)
     x = torch.tensor(inputs, requires_grad=True)
@@ -131,7 +167,7 @@ def test_convolution_and_gradient_are_torchs(case):
 
 
 @backward_stage
-@pytest.mark.parametrize('case', [case for case in CONVOLUTIONS if case[0] and case[4] < 100 and case[3] < 100])
+@pytest.mark.parametrize('case', [case for case in CONVOLUTIONS + MANY_CHANNELS if case[0] and max(case[3:5]) < 100])
 def test_convolution_gradient_is_the_slope(case):
     layer, inputs, _ = convolution(case)
     out_grad = numbers(*layer.forward(inputs).shape, seed=3)
@@ -180,12 +216,18 @@ def test_convolution_and_pooling_of_random_shapes():
 
 
 @forward_stage
-def test_convolution_errs_no_more_than_the_formula():
-    layer, inputs, inputs_pad = convolution((1, 64, 8, 30, 30, 3, 1, 1), np.float32)
+@pytest.mark.parametrize('positive', [False, True])
+@pytest.mark.parametrize('case', [(1, 64, 8, 30, 30, 3, 1, 1), (1, 32, 32, 30, 30, 3, 1, 1),
+                                  (1, 256, 32, 56, 56, 3, 1, 1)])
+def test_convolution_errs_no_more_than_the_formula(case, positive):
+    """Also behind a ReLU, where nothing is negative."""
+    layer, inputs, inputs_pad = convolution(case, np.float32)
+    if positive:
+        inputs, inputs_pad = np.abs(inputs), np.abs(inputs_pad)
     outputs = layer.forward(inputs)
     plain = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
-    layer.load_params(layer.weight.astype(np.float64), layer.bias.astype(np.float64))
-    exact = layer.forward(inputs.astype(np.float64))
+    exact = textbook.conv(inputs_pad.astype(np.float64), np.zeros(outputs.shape), layer.weight.astype(np.float64),
+                          layer.bias.astype(np.float64), 3, 1)
     assert 0 < np.abs(outputs - exact).max() <= np.abs(plain - exact).max()
 
 

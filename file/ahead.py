@@ -1,0 +1,77 @@
+"""Compile the loops of the backward pass in a process of its own, beside the first run of main.py.
+
+numba compiles a loop when it is first called, on one core, and puts the machine code on disk for later runs.  In a
+first run the loops of the forward pass are compiled where they are needed; those of the backward pass, which are
+others, are compiled here meanwhile, and only read from the disk when it is their turn.
+"""
+import contextlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def is_compiled(loops):
+    """Whether numba has machine code of these loops, as they are now, on disk; also where it never puts any there."""
+    try:
+        return bool(loops._cache._cache_file._load_index())
+    except (AttributeError, OSError):
+        return True
+
+
+@contextlib.contextmanager
+def backward_loops():
+    """Compile the backward pass, where that is still to be done, while the block runs.
+
+    Yields
+    ------
+    callable
+        Waits until it is done.  If it fails, the loops are compiled where they are called, as without this.
+    """
+    from layer import ConvolutionLayer
+    process = None
+    if not is_compiled(ConvolutionLayer._conv_back):
+        with contextlib.suppress(OSError), open(os.devnull, 'r+b') as nothing:
+            process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=nothing, stdout=nothing,
+                                       stderr=nothing)
+    try:
+        yield process.wait if process else lambda: None
+    finally:
+        if process:
+            process.kill()    # the block ended early, or it is over anyway
+            process.wait()
+
+
+def compile_backward():
+    """Call every backward loop on next to nothing, with the dtypes of a run: float64 gradients, float32 weights."""
+    from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
+    gradient = np.zeros((1, 1, 2, 2))
+
+    convolution = ConvolutionLayer(1, 1, 3, padding=1)
+    convolution.load_params(np.zeros((1, 1, 3, 3), dtype=np.float32), np.zeros(1, dtype=np.float32))
+    convolution.input_shape = convolution.output_shape = gradient.shape
+    convolution.backward(gradient)
+
+    pooling = MaxPoolLayer(1, 1)
+    pooling.input_shape = pooling.output_shape = gradient.shape
+    pooling.argidx = np.zeros(gradient.shape, dtype=np.int32)
+    pooling.backward(gradient)
+
+    connection = FullyConnectLayer(1, 1)
+    connection.load_params(np.zeros((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32))
+    connection.inputs = np.zeros((1, 1), dtype=np.float32)
+    connection.backward(np.zeros((1, 1)))
+
+    relu, flatten = ReluLayer(), FlattenLayer()
+    relu.positive = gradient > 0
+    relu.backward(gradient)
+    flatten.input_shape = gradient.shape
+    flatten.backward(gradient.reshape(1, 4))
+
+
+if __name__ == '__main__':
+    sys.path[0] = PROJECT
+    compile_backward()

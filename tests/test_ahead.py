@@ -1,0 +1,77 @@
+"""The process that compiles the backward loops beside a first run."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from file import ahead
+
+FIRST_RUN = '''
+from file import ahead
+import layer
+loops = [layer.ConvolutionLayer._conv_back, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
+         layer._unflatten]
+assert not any(map(ahead.is_compiled, loops))
+with ahead.backward_loops() as wait:
+    wait()
+assert all(map(ahead.is_compiled, loops))
+ahead.subprocess = None    # none is started any more
+with ahead.backward_loops() as wait:
+    wait()
+'''
+# The loops of a convolution are the first to be called, so that nothing else has started numba's threads.
+SECOND_RUN = '''
+import numpy as np
+from layer import ConvolutionLayer
+weight = np.ones((1, 1, 3, 3), np.float32)
+in_grad = ConvolutionLayer._conv_back(np.ones((1, 1, 2, 2)), np.zeros((1, 1, 4, 4)), weight, 3, 1)
+assert in_grad.sum() == 36
+from file import ahead
+ahead.compile_backward()
+import layer
+loops = [ConvolutionLayer._conv_back, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
+         layer._unflatten]
+print([(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values())) for loop in loops])
+'''
+
+
+def run(script, **environment):
+    done = subprocess.run([sys.executable, '-c', script], cwd=ahead.PROJECT, env=dict(os.environ, **environment),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_a_first_run_leaves_the_loops_on_disk_for_the_next(tmp_path):
+    run(FIRST_RUN, NUMBA_CACHE_DIR=str(tmp_path))
+    assert run(SECOND_RUN, NUMBA_CACHE_DIR=str(tmp_path)).strip() == str([(1, 0)] * 5)
+
+
+def test_a_run_that_ends_early_stops_it(monkeypatch):
+    started = []
+
+    def popen(*arguments, **options):
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(ahead, 'is_compiled', lambda loops: False)
+    monkeypatch.setattr(ahead, 'subprocess', type('', (), {'Popen': staticmethod(popen)}))
+    with pytest.raises(KeyError):
+        with ahead.backward_loops():
+            raise KeyError
+    assert started[0].returncode not in (None, 0)
+
+
+def test_without_a_process_the_loops_are_compiled_where_they_are_called(monkeypatch):
+    def popen(*arguments, **options):
+        raise OSError
+
+    monkeypatch.setattr(ahead, 'is_compiled', lambda loops: False)
+    monkeypatch.setattr(ahead, 'subprocess', type('', (), {'Popen': staticmethod(popen)}))
+    with ahead.backward_loops() as wait:
+        assert wait() is None
+
+
+def test_loops_without_a_cache_are_none_to_compile_ahead():
+    assert ahead.is_compiled(len)
