@@ -24,8 +24,9 @@ FLAGS = {'nopython': True, 'fastmath': {'contract'}}
 get_num_threads()    # starts them: some versions of numba do not, for machine code that was read from the disk
 
 GROUP = 4            # output channels of a convolution that share each number that is read
-BAND = 256           # positions of a plane that one job of a convolution covers, at most: they stay in a cache
-PITCH = BAND + 16    # between the sums of two channels: a power of two apart, they would evict each other
+BAND = 512           # positions of a plane that one job of a convolution covers, at most
+TILES = 256          # tiles of 4x4 numbers that _winograd takes through all its steps before the next ones
+PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 LANES = 512          # partial sums of a dot product
 
 
@@ -349,7 +350,7 @@ def _winograd(planes, frame, weight, channel, picks, bias, out, add):
     """
     batch, in_channels, height, width = planes.shape
     zero, one = np.int64(0), np.int64(1)    # numba would compile _correlate once more for a plain 0 and 1
-    channels, line = out.shape[1], np.int64(BAND)
+    channels, line = out.shape[1], np.int64(TILES)
     high, row = (height + 2 * frame + 1) // 2, (width + 2 * frame + 1) // 2
     x = np.empty((batch, in_channels, 2, 2, high, row), dtype=out.dtype)
     _split(planes, frame, np.int64(2), x)
