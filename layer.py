@@ -160,7 +160,7 @@ def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left
     for t in range(len(reads)):
         furthest = max(furthest, reads[t])
     for index in prange(len(out) * bands * groups):
-        job = np.int64(index)
+        job = np.int64(index)    # a prange counts in uint64, and numba would compile the job for both
         n, first, g = job // groups // bands, job // groups % bands * band, job % groups
         _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, packed[g, n % kinds], bias, out,
                        height, width, top, left, step, add)
@@ -752,7 +752,7 @@ class ConvolutionLayer(_Parameters):
         Forward, X_pad(h * S + i) meets Y(h).  Backward, the gradient of X_pad(q * S + a), 0 <= a < S, collects
         from Y(q - u) for every i = u * S + a < K: the same sum with the window's taps in reverse, once for each
         remainder a of the rows and b of the columns.  The planes of out_grad get a frame of zeros, wide enough
-        for the largest u.
+        for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv.
         """
         batch, out_channels, out_height, out_width = out_grad.shape
         in_channels, pad_height, pad_width = in_grad.shape[1:]
