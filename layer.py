@@ -259,7 +259,7 @@ def _add_pairs(v, to, length, x, r0, r1, r2, r3, down, across):
 
 @inner(parallel=True)
 def _spread_inputs(x, start, row, part, v, channels, line, length):
-    """v[(i * 4 + j) * channels + k]: the sums of inputs that product (i, j) takes for input channel k, a `line` each."""
+    """v[(i * 4 + j) * channels + k]: the sums of inputs that product (i, j) takes for input channel k, a line each."""
     for index in prange(16 * channels):
         i, j, k = np.int64(index) // channels // 4, np.int64(index) // channels % 4, np.int64(index) % channels
         (a, b), (c, d) = PAIRS[i], PAIRS[j]
