@@ -729,14 +729,14 @@ class ConvolutionLayer(_Parameters):
             k, i, j = t // kernel_size // kernel_size, t // kernel_size % kernel_size, t % kernel_size
             part = (k * used + i % S) * used + j % S
             reads[t] = (part * rows + i // S) * columns + j // S
-        weights = np.ascontiguousarray(weight).reshape(-1)
+        planes, weights = np.ascontiguousarray(inputs_pad), np.ascontiguousarray(weight).reshape(-1)
         if kernel_size == 3 and S == 1 and _winograd_pays(in_channels, out_channels, out_height, out_width):
-            _winograd(inputs_pad, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
+            _winograd(planes, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
             return outputs
-        x = np.ascontiguousarray(inputs_pad).reshape(-1)
+        x = planes.reshape(-1)
         if S > 1:
             parts = np.empty((batch, in_channels, used, used, rows, columns), dtype=inputs_pad.dtype)
-            _split(inputs_pad, np.int64(0), np.int64(S), parts)
+            _split(planes, np.int64(0), np.int64(S), parts)
             x = parts.reshape(-1)
         packed = np.empty(((out_channels + GROUP - 1) // GROUP, 1, taps, GROUP), dtype=inputs_pad.dtype)
         _pack(weights, taps, picks, out_channels, packed)
@@ -761,8 +761,9 @@ class ConvolutionLayer(_Parameters):
         frame = (K - 1) // S
         rows, columns = out_height + 2 * frame, out_width + 2 * frame
         framed = np.empty((batch, out_channels, 1, 1, rows, columns), dtype=in_grad.dtype)
+        planes = np.ascontiguousarray(out_grad)
         if not fewer:
-            _split(out_grad, frame, np.int64(1), framed)
+            _split(planes, frame, np.int64(1), framed)
         nothing = np.zeros(in_channels, dtype=in_grad.dtype)
         weights = np.ascontiguousarray(weight).reshape(-1)
         for a in range(min(S, K)):
@@ -775,7 +776,7 @@ class ConvolutionLayer(_Parameters):
                     reads[t] = (c * rows + frame - u) * columns + frame - v
                     picks[t] = (c * in_channels * K + u * S + a) * K + v * S + b
                 if fewer:
-                    _winograd(out_grad, frame, weights, K * K, picks, nothing, in_grad, np.bool_(True))
+                    _winograd(planes, frame, weights, K * K, picks, nothing, in_grad, np.bool_(True))
                 else:
                     packed = np.empty(((in_channels + GROUP - 1) // GROUP, 1, len(reads), GROUP), dtype=in_grad.dtype)
                     _pack(weights, K * K, picks, in_channels, packed)

@@ -1,7 +1,7 @@
 """Why the loops are fast: one convolution and one pooling, written a little better from rung to rung.
 
 Read it from top to bottom, beside the times that `python tests/bench.py` prints.  The first rung is the formula as
-it stands, in tests/textbook.py; every later one computes the same sums, and the last one is what layer.py ships.
+it stands, in tests/textbook.py; every later one computes the same sums, and layer.py goes on from the last one.
 The planes are those of one picture and already padded: x (C_in, H + 2P, W + 2P), y (C_out, H, W),
 weight (C_out, C_in, K, K), bias (C_out,), stride 1.
 

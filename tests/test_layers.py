@@ -242,6 +242,22 @@ def test_static_methods_can_be_called_as_the_handbook_does():
     np.testing.assert_array_equal(ConvolutionLayer._conv_back(outputs, in_grad, layer.weight, 3, 2), expected)
 
 
+@backward_stage
+@pytest.mark.parametrize('case', [(2, 3, 5, 9, 8, 3, 1, 2), (1, 32, 32, 20, 20, 3, 1, 1)])
+def test_static_methods_take_arrays_that_are_not_contiguous(case):
+    layer, _, inputs_pad = convolution(case)
+    out = layer.forward(numbers(*case[:2] + case[3:5]))
+    results = []
+    for order in 'CF':
+        outputs = ConvolutionLayer._conv(np.asarray(inputs_pad, order=order), np.zeros_like(out), layer.weight,
+                                         layer.bias, 3, layer.stride)
+        in_grad = ConvolutionLayer._conv_back(np.asarray(out, order=order), np.zeros(inputs_pad.shape), layer.weight, 3,
+                                              layer.stride)
+        results.append((outputs, in_grad))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
 # ------------------------------------------------------------------------------------------------- pooling
 
 def pooling(case):
