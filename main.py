@@ -23,7 +23,7 @@ os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))
 import cv2                      # noqa: E402
 import numpy as np              # noqa: E402
 
-from file import ahead, checkpoint    # noqa: E402
+from file import ahead, checkpoint, memory    # noqa: E402
 from loss import CrossEntropy   # noqa: E402
 from vgg import VGG16           # noqa: E402
 
@@ -164,6 +164,7 @@ def arguments_of(argv):
 
 
 def run(arguments):
+    memory.keep_what_is_freed()
     model = VGG16(4)
     shapes = {name: layer.weight_shape for name, layer in model.graph_layers.items() if hasattr(layer, 'weight_shape')}
     image = read_image(arguments.image)    # what is wrong with the files is said before anything is computed

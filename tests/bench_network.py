@@ -16,6 +16,7 @@ import numpy as np
 
 import textbook
 from bench import TEXTBOOK, Machine, get_num_threads, in_turns, ladders_of, on_one_thread, torch
+from file import memory
 from layer import ConvolutionLayer
 from vgg import VGG16
 
@@ -234,10 +235,10 @@ def script(repeats, ckpt):
     else:
         lines.append('         %-52s %s' % ('main.py, second run', spread(seconds)))
     lines.append('         %-52s %s' % ('main.py, first run on a fresh copy', spread([run[0] for run in first_runs])))
-    memory = '%8.2f GB' % (max(run[1] for run in runs) * 1e-9)
+    resident = '%8.2f GB' % (max(run[1] for run in runs) * 1e-9)
     if torch:
-        memory += '  /  %.2f GB in torch' % (max(run[1] for run in torch_runs) * 1e-9)
-    lines.append('         %-52s %s' % ('main.py, most memory resident', memory))
+        resident += '  /  %.2f GB in torch' % (max(run[1] for run in torch_runs) * 1e-9)
+    lines.append('         %-52s %s' % ('main.py, most memory resident', resident))
     return '\n'.join(lines)
 
 
@@ -247,6 +248,7 @@ def report(repeats, ckpt):
         processes = script(repeats, ckpt)    # first: Linux counts the memory of a parent as its children's
     except RuntimeError as error:
         processes = '         main.py is left out: %s' % error
+    memory.keep_what_is_freed()    # as main.py does
     model, x = random_network()
     print('%s\n%s\n\n%s\n\n%s' % (passes(model, x, repeats), processes, layer_table(model, x, repeats),
                               window_table(repeats)))
