@@ -374,8 +374,8 @@ def _winograd(planes, frame, weight, channel, picks, bias, out, add):
 
 # -------------------------------------------------------------------------------------------- pooling loops
 
-@jit(nopython=True, inline='always')
-def _compare(best, index, row, first, stride, candidate):
+@inner
+def _take_larger(best, index, row, first, stride, candidate):
     """Where row[first + w * stride] beats best[w], put it there and note its index in the window.
 
     A NaN beats every number, as in np.max; the first one among equals stays.  Both branches of each choice are
@@ -387,15 +387,6 @@ def _compare(best, index, row, first, stride, candidate):
         wins = (x > b) | ((x != x) & (b == b))
         best[w] = x if wins else b
         index[w] = candidate if wins else index[w]
-
-
-@inner
-def _take_larger(best, index, row, first, stride, candidate):
-    """_compare, compiled once more for the usual stride: known beforehand, it makes the loop four times faster."""
-    if stride == 2:
-        _compare(best, index, row, first, 2, candidate)
-    else:
-        _compare(best, index, row, first, stride, candidate)
 
 
 # ------------------------------------------------------------------------------------ fully connected loops
@@ -434,7 +425,8 @@ def _fully_connect(inputs, outputs, weight, bias):
     for o in prange(outputs.shape[1]):
         acc = np.empty(LANES, dtype=outputs.dtype)
         for n in range(batch):
-            acc[:] = 0
+            for p in range(LANES):
+                acc[p] = 0
             for i in range(0, features, LANES):
                 _add_products(acc, min(LANES, features - i), x, n * features + i, w, o * features + i)
             half = LANES // 2
@@ -885,9 +877,11 @@ class MaxPoolLayer(object):
                     argidx[n, c, h, w] = 0
                 for i in range(kernel_size):
                     for j in range(kernel_size):
-                        if i + j > 0:
-                            _take_larger(outputs[n, c, h], argidx[n, c, h], inputs[n, c, h * stride + i], j, stride,
-                                         np.int32(i * kernel_size + j))
+                        best, index, row = outputs[n, c, h], argidx[n, c, h], inputs[n, c, h * stride + i]
+                        if stride == 2:    # known beforehand, it makes the loop four times faster
+                            _take_larger(best, index, row, j, 2, np.int32(i * kernel_size + j))
+                        else:
+                            _take_larger(best, index, row, j, stride, np.int32(i * kernel_size + j))
         return outputs, argidx
 
     @staticmethod
