@@ -128,8 +128,11 @@ def row(what, mine, other):
     return '%7.2f  %-52s %s  /  %s' % (np.median(mine) / np.median(other), what, spread(mine), spread(other))
 
 
-def passes(model, x, repeats):
-    """Lines of text about the whole forward and backward pass, taking turns with torch and with one thread."""
+def passes(model, x, repeats, kept=False):
+    """Lines of text about the whole forward and backward pass, taking turns with torch and with one thread.
+
+    With memory that is kept (see file/memory.py) only the rows beside torch, which gains from it as well.
+    """
     out_grad = np.ones((1, 4))
 
     def forward():
@@ -139,7 +142,7 @@ def passes(model, x, repeats):
         return silent(lambda: model.backward(out_grad))
 
     works = {'forward': forward, 'backward': backward}
-    if get_num_threads() > 1:
+    if get_num_threads() > 1 and not kept:
         works.update({'forward 1': on_one_thread(forward), 'backward 1': on_one_thread(backward)})
     if torch:
         float32, float64 = twin(model, torch.float32), twin(model, torch.float64)
@@ -158,8 +161,11 @@ def passes(model, x, repeats):
     times = in_turns(works, repeats)
     lines = []
     if torch:
-        lines += [row('whole forward, prints included / torch float32', times['forward'], times['torch forward']),
-                  row('whole backward to the picture / torch float64', times['backward'], times['torch backward'])]
+        end = ', memory kept' if kept else ''
+        lines += [row('whole forward with prints / torch float32' + end, times['forward'], times['torch forward']),
+                  row('whole backward / torch float64' + end, times['backward'], times['torch backward'])]
+    if kept:
+        return '\n'.join(lines)
     both = np.add(times['forward'], times['backward'])
     lines.append(row('textbook / ours, forward and backward', [textbook_seconds(model)], both))
     if 'forward 1' in times:
@@ -248,7 +254,8 @@ def report(repeats, ckpt):
         processes = script(repeats, ckpt)    # first: Linux counts the memory of a parent as its children's
     except RuntimeError as error:
         processes = '         main.py is left out: %s' % error
-    memory.keep_what_is_freed()    # as main.py does
     model, x = random_network()
-    print('%s\n%s\n\n%s\n\n%s' % (passes(model, x, repeats), processes, layer_table(model, x, repeats),
-                              window_table(repeats)))
+    whole, layers, windows = passes(model, x, repeats), layer_table(model, x, repeats), window_table(repeats)
+    if torch and memory.keep_what_is_freed():    # as main.py does, and last: it cannot be undone
+        whole += '\n' + passes(model, x, repeats, kept=True)
+    print('%s\n%s\n\n%s\n\n%s' % (whole, processes, layers, windows))
