@@ -3,6 +3,7 @@
 Standard output is the lab's transcript and nothing else; hints and errors go to standard error.
 """
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,9 @@ def stop(*_):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, stop)
+    # Imports and numba's compiler make a million objects that stay: looking through all of them for cycles, again
+    # and again, took a twentieth of a first run.
+    gc.set_threshold(20000, 20, 1000)
 
 # OpenCV itself stops at a thousand million pixels, which would take 3 GB; a hundred million are enough for a flower.
 os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))

@@ -5,6 +5,7 @@ first run the loops of the forward pass are compiled where they are needed; thos
 others, are compiled here meanwhile, and only read from the disk when it is their turn.
 """
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -74,4 +75,5 @@ def compile_backward():
 
 if __name__ == '__main__':
     sys.path[0] = PROJECT
+    gc.disable()    # the process ends before it would pay
     compile_backward()
