@@ -2,7 +2,7 @@
 
 Every layer makes arrays of up to 26 MB and drops those of the layer before.  By itself the C library returns memory
 that large to the operating system at once, and gets it again for the next layer in pages of 4 KB, each cleared when
-it is first touched: more than 100,000 interruptions in a run.
+it is first touched (tests/test_memory.py counts them).
 """
 import ctypes
 

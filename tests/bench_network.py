@@ -162,8 +162,8 @@ def passes(model, x, repeats, kept=False):
     lines = []
     if torch:
         end = ', memory kept' if kept else ''
-        lines += [row('whole forward with prints / torch float32' + end, times['forward'], times['torch forward']),
-                  row('whole backward / torch float64' + end, times['backward'], times['torch backward'])]
+        lines += [row('forward with prints / torch float32' + end, times['forward'], times['torch forward']),
+                  row('backward / torch float64' + end, times['backward'], times['torch backward'])]
     if kept:
         return '\n'.join(lines)
     both = np.add(times['forward'], times['backward'])
