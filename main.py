@@ -168,7 +168,6 @@ def arguments_of(argv):
 
 
 def run(arguments):
-    memory.keep_what_is_freed()
     model = VGG16(4)
     shapes = {name: layer.weight_shape for name, layer in model.graph_layers.items() if hasattr(layer, 'weight_shape')}
     image = read_image(arguments.image)    # what is wrong with the files is said before anything is computed
@@ -231,4 +230,5 @@ def main(argv=None):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    memory.keep_what_is_freed()
     sys.exit(main())
