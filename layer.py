@@ -878,10 +878,11 @@ class MaxPoolLayer(object):
                 for i in range(kernel_size):
                     for j in range(kernel_size):
                         best, index, row = outputs[n, c, h], argidx[n, c, h], inputs[n, c, h * stride + i]
-                        if stride == 2:    # known beforehand, it makes the loop four times faster
-                            _take_larger(best, index, row, j, 2, np.int32(i * kernel_size + j))
-                        else:
-                            _take_larger(best, index, row, j, stride, np.int32(i * kernel_size + j))
+                        candidate = np.int32(i * kernel_size + j)
+                        if candidate > 0 and stride == 2:    # known beforehand, it is faster
+                            _take_larger(best, index, row, j, 2, candidate)
+                        elif candidate > 0:
+                            _take_larger(best, index, row, j, stride, candidate)
         return outputs, argidx
 
     @staticmethod

@@ -18,7 +18,7 @@ def stop(*_):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, stop)
-    # Imports and numba's compiler make a million objects that stay: looking through all of them for cycles, again
+    # Imports and numba's compiler make very many objects that stay: looking through all of them for cycles, again
     # and again, took a twentieth of a first run.
     gc.set_threshold(20000, 20, 1000)
 

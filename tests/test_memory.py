@@ -10,8 +10,10 @@ from file import memory
 
 # 40 MB are more than the C library ever keeps by itself.
 FAULTS = '''
+import ctypes
 import resource
 from file import memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)    # PR_SET_THP_DISABLE: pages of 2 MB would make few faults of either way
 if %r:
     assert memory.keep_what_is_freed()
 for _ in range(2):
