@@ -25,7 +25,9 @@ get_num_threads()    # starts them: some versions of numba do not, for machine c
 
 GROUP = 4            # output channels of a convolution that share each number that is read
 BAND = 512           # positions of a plane that one job of a convolution covers, at most
-TILES = 256          # tiles of 4x4 numbers that _winograd takes through all its steps before the next ones
+TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
+SIDE = 6             # numbers along the side of the largest tile
+LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
 PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 LANES = 512          # partial sums of a dot product
 
@@ -144,7 +146,7 @@ def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left
             = bias[c] + sum over taps t of weight[c, t] * x[n * image + reads[t] + h * row + w]
 
     A tap is one term of the formula's triple sum: which number of the planes it reads, and a weight (see _pack;
-    packed may hold other weights for each image, as _winograd needs it, or the same for all).
+    packed may hold other weights for each image, as _winograd_by needs it, or the same for all).
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
     end of one row of outputs and the start of the next are computed as well, and dropped.
@@ -178,6 +180,21 @@ def _pack(weight, channel, picks, channels, packed):
                 packed[g, 0, t, c] = weight[min(g * GROUP + c, channels - 1) * channel + picks[t]]
 
 
+@inner
+def _cut(out, to, begin, end, x, line, width, shift, step):
+    """out[to + w] = x[line + w * step + shift] for begin <= w < end, or 0 where that column is not one of the width."""
+    left = max(begin, min(end, -(shift // step)))                # the first column inside
+    right = max(left, min(end, -((shift - width) // step)))      # and the first one behind it
+    for w in range(begin, left):
+        out[to + w] = 0
+    for w in range(right, end):
+        out[to + w] = 0
+    if step == 2:    # known beforehand, it is faster
+        _copy(out, to + left, x, line + left * 2 + shift, 2, right - left)
+    else:
+        _copy(out, to + left, x, line + left * step + shift, step, right - left)
+
+
 @inner(parallel=True)
 def _split(planes, frame, step, parts):
     """Put a frame of zeros around each plane and split it into parts that a stride of `step` reads in one go.
@@ -194,18 +211,10 @@ def _split(planes, frame, step, parts):
         plane = np.int64(index)
         for i in range(used):
             for j in range(used):
-                left = max(0, -((j - frame) // step))                              # the first column of the plane
-                right = max(left, min(columns, -((j - frame - width) // step)))    # and the first one behind it
                 for h in range(rows):
-                    to = (((plane * used + i) * used + j) * rows + h) * columns
-                    for w in range(columns):
-                        out[to + w] = 0
                     y = h * step + i - frame
-                    start = (plane * height + y) * width + left * step + j - frame
-                    if 0 <= y < height and step == 2:    # known beforehand, it is faster
-                        _copy(out, to + left, x, start, 2, right - left)
-                    elif 0 <= y < height:
-                        _copy(out, to + left, x, start, step, right - left)
+                    _cut(out, (((plane * used + i) * used + j) * rows + h) * columns, np.int64(0), columns, x,
+                         (plane * height + y) * width, width if 0 <= y < height else 0, j - frame, step)
 
 
 @kernel
@@ -217,159 +226,272 @@ def _pad(planes, padding, out):
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
 
-PAIRS = ((0, 2), (1, 2), (2, 1), (1, 3))    # the two numbers of four that each product takes,
-SIGNS = (-1, 1, -1, -1)                     # and the sign of the second; see _winograd
+# Along a line, two neighbouring outputs read four numbers: y0 = x0 w0 + x1 w1 + x2 w2, y1 = x1 w0 + x2 w1 + x3 w2.
+# That is six multiplications.  The same two outputs with four, m_i = X_i W_i (multiply out to see it):
+#
+#     X0 = x0 - x2      W0 = w0                      y0 = m0 + m1 + m2
+#     X1 = x1 + x2      W1 = (w0 + w2 + w1) / 2      y1 = m1 - m2 - m3
+#     X2 = x2 - x1      W2 = (w0 + w2 - w1) / 2
+#     X3 = x1 - x3      W3 = w2
+#
+# In a plane the step is taken down and across: a tile of 4x4 numbers, 16 products, 2x2 outputs, and 2.25 times fewer
+# multiplications.  Four outputs read six numbers and take six products in place of twelve, in a plane 36 in place of
+# 144.  Their sums have factors up to 8, which cost accuracy: errors of about 1e-14 of the largest output in float64 are
+# no matter, but in float32 they would be larger than the formula's own.  So tiles of 2x2 forward, of 4x4 backward.
+# (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
+#
+# Below, x_i and y_i are lines of `length` numbers, one for each tile (or, for the weights, each channel): x_i begins
+# at start + i * step in x, y_i at to + i * LINE in y.
+
+@inner
+def _two_inputs(y, to, x, start, step, length):
+    """X0 to X3 of x0 to x3."""
+    to, start = np.uint64(to), np.uint64(start)
+    s1, s2, s3 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
+    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    for p in range(np.uint64(length)):
+        x0, x1, x2, x3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
+        y[to + p] = x0 - x2
+        y[to + t1 + p] = x1 + x2
+        y[to + t2 + p] = x2 - x1
+        y[to + t3 + p] = x1 - x3
 
 
 @inner
-def _spread(w0, w1, w2, half):
-    """The weights of the four products, along a line."""
-    return w0, (w0 + w2 + w1) * half, (w0 + w2 - w1) * half, w2
+def _two_weights(y, to, x, start, step, length):
+    """W0 to W3 of w0 to w2."""
+    to, start, half = np.uint64(to), np.uint64(start), x.dtype.type(0.5)
+    s1, s2 = np.uint64(step), np.uint64(2 * step)
+    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    for p in range(np.uint64(length)):
+        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        y[to + p] = w0
+        y[to + t1 + p] = (w0 + w2 + w1) * half
+        y[to + t2 + p] = (w0 + w2 - w1) * half
+        y[to + t3 + p] = w2
 
 
-@inner(parallel=True)
-def _spread_weights(weight, channel, picks, channels, packed):
-    """packed[g, i * 4 + j, k, c]: the weight of product (i, j) for input channel k and output channel g * GROUP + c.
+@inner
+def _two_outputs(y, to, x, start, step, length):
+    """y0 and y1 of m0 to m3."""
+    to, start = np.uint64(to), np.uint64(start)
+    s1, s2, s3, t1 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step), np.uint64(LINE)
+    for p in range(np.uint64(length)):
+        m0, m1, m2, m3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
+        y[to + p] = m0 + m1 + m2
+        y[to + t1 + p] = m1 - m2 - m3
 
-    picks holds the nine places of a window's weights for each k, as in _pack.
+
+@inner
+def _four_inputs(y, to, x, start, step, length):
+    """What six products take of six inputs."""
+    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
+    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
+    t3, t4, t5 = np.uint64(3 * LINE), np.uint64(4 * LINE), np.uint64(5 * LINE)
+    for p in range(np.uint64(length)):
+        x0, x1, x2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        x3, x4, x5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
+        a, b, c, d = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, x3 - x1
+        y[to + p] = x4 + 4 * x0 - 5 * x2
+        y[to + t1 + p] = a + b
+        y[to + t2 + p] = a - b
+        y[to + t3 + p] = c + 2 * d
+        y[to + t4 + p] = c - 2 * d
+        y[to + t5 + p] = x5 + 4 * x1 - 5 * x3
+
+
+@inner
+def _four_weights(y, to, x, start, step, length):
+    """What six products take of three weights."""
+    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step)
+    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    t4, t5 = np.uint64(4 * LINE), np.uint64(5 * LINE)
+    for p in range(np.uint64(length)):
+        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        y[to + p] = w0 * (1 / 4)
+        y[to + t1 + p] = (w0 + w2 + w1) * (-1 / 6)
+        y[to + t2 + p] = (w0 + w2 - w1) * (-1 / 6)
+        y[to + t3 + p] = (w0 + 4 * w2 + 2 * w1) * (1 / 24)
+        y[to + t4 + p] = (w0 + 4 * w2 - 2 * w1) * (1 / 24)
+        y[to + t5 + p] = w2
+
+
+@inner
+def _four_outputs(y, to, x, start, step, length):
+    """Four outputs of six products."""
+    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
+    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
+    t3 = np.uint64(3 * LINE)
+    for p in range(np.uint64(length)):
+        m0, m1, m2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        m3, m4, m5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
+        a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
+        y[to + p] = m0 + a + c
+        y[to + t1 + p] = b + 2 * d
+        y[to + t2 + p] = a + 4 * c
+        y[to + t3 + p] = b + 8 * d + m5
+
+
+def _winograd_by(tile, inputs_of, weights_of, outputs_of):
+    """What _correlate computes, for windows of 3x3 and a stride of 1, in tiles of tile * tile outputs.
+
+    Returns a compiled function; `tile` and the three steps are constants in it.  Its work, for one band of tiles after
+    the other, so that the numbers are still in a cache for the next step:
+
+    1. spread_inputs: the sums that the products take of the inputs, made once for all output channels;
+    2. spread_weights: those of the weights, some output channels at a time;
+    3. _correlate: the products, each added up over all input channels.  Nearly all work is left here, for each of the
+       side * side products a convolution of 1x1: they are the images of one _correlate;
+    4. gather_outputs: the outputs of those sums.
+
+    Each step goes down the columns of a tile first and then across its rows, from array a to b and back: position
+    (i, j) of all tiles is the line i * SIDE + j, and (j, i) in between.
     """
-    kind = packed.dtype.type
-    half = kind(0.5)
-    for g in prange(len(packed)):
-        for k in range(len(picks) // 9):
-            for c in range(GROUP):
-                o = min(g * GROUP + c, channels - 1) * channel
-                p = picks[9 * k:9 * k + 9]
-                s0 = _spread(kind(weight[o + p[0]]), kind(weight[o + p[3]]), kind(weight[o + p[6]]), half)
-                s1 = _spread(kind(weight[o + p[1]]), kind(weight[o + p[4]]), kind(weight[o + p[7]]), half)
-                s2 = _spread(kind(weight[o + p[2]]), kind(weight[o + p[5]]), kind(weight[o + p[8]]), half)
-                for i in range(4):
-                    s = _spread(s0[i], s1[i], s2[i], half)
-                    for j in range(4):
-                        packed[g, i * 4 + j, k, c] = s[j]
+
+    @inner
+    def take_tiles(planes, plane, frame, side, first, length, across, a):
+        """Line (i, j) of a: row i and column j of the tiles from `first` on, of the plane in a frame of zeros."""
+        height, width = planes.shape[2:]
+        x = planes.reshape(-1)
+        for h in range(first // across, (first + length - 1) // across + 1):
+            begin, end = max(0, first - h * across), min(across, first + length - h * across)
+            for i in range(side):
+                y = h * tile + i - frame
+                inside = width if 0 <= y < height else 0
+                for j in range(side):
+                    _cut(a, (i * SIDE + j) * LINE + h * across - first, begin, end, x, (plane * height + y) * width,
+                         inside, j - frame, np.int64(tile))
+
+    @inner
+    def put_row(out, to, a, start, count, bias, add):
+        """out[to + p * tile + j] = a[start + j * LINE + p] + bias; or +=."""
+        to, start, L, S = np.uint64(to), np.uint64(start), np.uint64(LINE), np.uint64(tile)
+        if add:
+            for p in range(np.uint64(count)):
+                for j in range(S):
+                    out[to + p * S + j] += a[start + j * L + p] + bias
+        else:
+            for p in range(np.uint64(count)):
+                for j in range(S):
+                    out[to + p * S + j] = a[start + j * L + p] + bias
+
+    @inner
+    def put_tiles(a, first, length, across, bias, out, add):
+        """The reverse of take_tiles, for the outputs of one plane; what lies past its edge is dropped."""
+        height, width = out.shape
+        for h in range(first // across, (first + length - 1) // across + 1):
+            begin, end = max(0, first - h * across), min(across, first + length - h * across)
+            whole = max(begin, min(end, width // tile))
+            for i in range(min(tile, height - h * tile)):
+                line, start = out[h * tile + i], i * SIDE * LINE + h * across - first
+                put_row(line, begin * tile, a, start + begin, whole - begin, bias, add)
+                for w in range(whole * tile, min(width, end * tile)):    # the tile that the edge cuts
+                    y = a[start + w % tile * LINE + w // tile] + bias
+                    line[w] = line[w] + y if add else y
+
+    @inner(parallel=True)
+    def spread_inputs(planes, n, frame, first, length, across, side, v, line):
+        """v[(i * side + j) * channels + k]: what product (i, j) takes of input channel k, a line of tiles each."""
+        channels = planes.shape[1]
+        for index in prange(channels):
+            k = np.int64(index)
+            a, b = np.empty(SIDE * SIDE * LINE, dtype=v.dtype), np.empty(SIDE * SIDE * LINE, dtype=v.dtype)
+            take_tiles(planes, n * channels + k, frame, side, first, length, across, a)
+            for j in range(side):
+                inputs_of(b, j * SIDE * LINE, a, j * LINE, SIDE * LINE, length)
+            for i in range(side):
+                inputs_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, length)
+            for t in range(side * side):
+                _copy(v, (t * channels + k) * line, a, (t // side * SIDE + t % side) * LINE, 1, length)
+
+    @inner(parallel=True)
+    def spread_weights(weight, channel, picks, first, channels, side, packed):
+        """packed[g, i * side + j, k, c]: the weight of product (i, j), input channel k, output first + g * GROUP + c.
+
+        picks holds the nine places of a window's weights for each k, as in _pack.
+        """
+        groups, pitch = np.int64(len(packed)), np.int64(packed.shape[2] * GROUP)
+        window, most = side - tile + 1, LINE // GROUP
+        taps = window * window
+        in_channels = len(picks) // taps
+        pieces = (in_channels + most - 1) // most
+        out = packed.reshape(-1)
+        for index in prange(groups * pieces):
+            g, k = np.int64(index) // pieces, np.int64(index) % pieces * most
+            count = min(most, in_channels - k)
+            a, b = np.empty(SIDE * SIDE * LINE, dtype=packed.dtype), np.empty(SIDE * SIDE * LINE, dtype=packed.dtype)
+            for c in range(packed.shape[3]):
+                o = min(first + g * GROUP + c, channels - 1) * channel
+                for t in range(taps):
+                    to = (t // window * SIDE + t % window) * LINE + c
+                    for q in range(count):
+                        a[to + q * GROUP] = weight[o + picks[taps * (k + q) + t]]
+            for j in range(window):
+                weights_of(b, j * SIDE * LINE, a, j * LINE, SIDE * LINE, count * GROUP)
+            for i in range(side):
+                weights_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, count * GROUP)
+            for t in range(side * side):
+                _copy(out, (g * side * side + t) * pitch + k * GROUP, a, (t // side * SIDE + t % side) * LINE, 1,
+                      count * GROUP)
+
+    @inner(parallel=True)
+    def gather_outputs(m, channels, line, first, length, across, side, bias, out, n, top, add):
+        """The outputs of image n from channel `top` on, of the sums of products m, lined up as v."""
+        for index in prange(channels):
+            o = np.int64(index)
+            a, b = np.empty(SIDE * SIDE * LINE, dtype=m.dtype), np.empty(SIDE * SIDE * LINE, dtype=m.dtype)
+            for j in range(side):
+                outputs_of(b, j * SIDE * LINE, m, (j * channels + o) * line, side * channels * line, length)
+            for i in range(side - 2):
+                outputs_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, length)
+            put_tiles(a, first, length, across, bias[top + o], out[n, top + o], add)
+
+    @inner
+    def winograd(planes, frame, weight, channel, picks, bias, out, add):
+        batch, in_channels = planes.shape[:2]
+        channels, height, width = out.shape[1:]
+        zero, one, side = np.int64(0), np.int64(1), np.int64(tile + 2)    # numba would compile once more for plain ints
+        products, across = side * side, (width + tile - 1) // tile
+        tiles = (height + tile - 1) // tile * across
+        line = min(TILES, (in_channels + channels) * 8 // out.itemsize)    # at most; found by trying
+        bands = (tiles + line - 1) // line
+        line = ((tiles + bands - 1) // bands + 15) // 16 * 16
+        bands = (tiles + line - 1) // line
+        groups, pitch = (channels + GROUP - 1) // GROUP, in_channels + 4    # + 4: no power of two, as above
+        block = max(1, min(groups, 2**19 // (products * pitch * GROUP)))    # 4 MB: larger ones are not faster
+        packed = np.empty(block * products * pitch * GROUP, dtype=out.dtype)
+        v = np.empty(products * in_channels * line, dtype=out.dtype)
+        m = np.empty(products * block * GROUP * line, dtype=out.dtype)
+        nothing = np.zeros(channels, dtype=out.dtype)
+        reads = np.empty(in_channels, dtype=np.int64)
+        for k in range(in_channels):
+            reads[k] = k * line
+        for index in range(batch * bands):
+            n, first = index // bands, index % bands * line
+            length = min(line, tiles - first)
+            spread_inputs(planes, n, frame, first, length, across, side, v, line)
+            for g in range(0, groups, block):
+                count = min(block, groups - g)
+                mine = min(count * GROUP, channels - g * GROUP)
+                weights = packed[:count * products * pitch * GROUP].reshape((count, products, pitch, GROUP))
+                sums = m[:products * mine * line]
+                if index == 0 or block < groups:
+                    spread_weights(weight, channel, picks, g * GROUP, channels, side, weights)
+                _correlate(v, in_channels * line, line, reads, weights, nothing,
+                           sums.reshape((products, mine, 1, line)), one, length, zero, zero, one, np.bool_(False))
+                gather_outputs(sums, mine, line, first, length, across, side, bias, out, n, g * GROUP, add)
+
+    return winograd
 
 
-@inner
-def _add_pairs(v, to, length, x, r0, r1, r2, r3, down, across):
-    """v[to + p] = (x0 + across * x1) + down * (x2 + across * x3), where x_i = x[r_i + p] and the signs are 1 or -1."""
-    to, r0, r1, r2, r3 = np.uint64(to), np.uint64(r0), np.uint64(r1), np.uint64(r2), np.uint64(r3)
-    for p in range(np.uint64(length)):
-        v[to + p] = (x[r0 + p] + across * x[r1 + p]) + down * (x[r2 + p] + across * x[r3 + p])
-
-
-@inner(parallel=True)
-def _spread_inputs(x, start, row, part, v, channels, line, length):
-    """v[(i * 4 + j) * channels + k]: the sums of inputs that product (i, j) takes for input channel k, a line each."""
-    for index in prange(16 * channels):
-        i, j, k = np.int64(index) // channels // 4, np.int64(index) // channels % 4, np.int64(index) % channels
-        (a, b), (c, d) = PAIRS[i], PAIRS[j]
-        plane = start + k * 4 * part
-        _add_pairs(v, np.int64(index) * line, length, x,
-                   plane + (a % 2 * 2 + c % 2) * part + a // 2 * row + c // 2,
-                   plane + (a % 2 * 2 + d % 2) * part + a // 2 * row + d // 2,
-                   plane + (b % 2 * 2 + c % 2) * part + b // 2 * row + c // 2,
-                   plane + (b % 2 * 2 + d % 2) * part + b // 2 * row + d // 2,
-                   x.dtype.type(SIGNS[i]), x.dtype.type(SIGNS[j]))
-
-
-@inner
-def _gather(y, first, second, length, m, r0, r1, r2, r3):
-    """y[first + p] = m0 + m1 + m2 and y[second + p] = m1 - m2 - m3, where m_i = m[r_i + p]."""
-    first, second = np.uint64(first), np.uint64(second)
-    r0, r1, r2, r3 = np.uint64(r0), np.uint64(r1), np.uint64(r2), np.uint64(r3)
-    for p in range(np.uint64(length)):
-        m0, m1, m2, m3 = m[r0 + p], m[r1 + p], m[r2 + p], m[r3 + p]
-        y[first + p] = m0 + m1 + m2
-        y[second + p] = m1 - m2 - m3
-
-
-@inner
-def _zip(out, to, length, y, first, line, bias, add):
-    """out[2 * (to + p)] = y[first + p] + bias, out[2 * (to + p) + 1] = y[first + line + p] + bias; or +=."""
-    to, first, second = np.uint64(2 * to), np.uint64(first), np.uint64(first + line)
-    if add:
-        for p in range(np.uint64(length)):
-            out[to + 2 * p] = out[to + 2 * p] + (y[first + p] + bias)
-            out[to + 2 * p + 1] = out[to + 2 * p + 1] + (y[second + p] + bias)
-    else:
-        for p in range(np.uint64(length)):
-            out[to + 2 * p] = y[first + p] + bias
-            out[to + 2 * p + 1] = y[second + p] + bias
-
-
-@inner(parallel=True)
-def _gather_outputs(m, first, length, row, bias, out, n, add):
-    """The outputs of image n, of the sums of products m[i, j, o], a line each: down the tile, then across."""
-    high, wide, channels, line = m.shape
-    height, width = out.shape[2:]
-    products = m.reshape(-1)
-    for index in prange(channels):
-        o = np.int64(index)
-        y = np.empty((2 * wide + 4) * line, dtype=m.dtype)    # lines [i, j] of the step down, then [i, j] of both
-        for j in range(wide):
-            r, between = (j * channels + o) * line, wide * channels * line
-            _gather(y, j * line, (wide + j) * line, length, products, r, r + between, r + 2 * between, r + 3 * between)
-        for i in range(high // 2):
-            r, to = i * wide * line, (2 * wide + 2 * i) * line
-            _gather(y, to, to + line, length, y, r, r + line, r + 2 * line, r + 3 * line)
-        for h in range(2 * (first // row), min(height, 2 * ((first + length - 1) // row + 1))):
-            begin, end = max(0, first - h // 2 * row), min(width // 2, first + length - h // 2 * row)
-            left = (2 * wide + h % 2 * 2) * line + h // 2 * row - first
-            if end > begin:
-                _zip(out[n, o, h], begin, end - begin, y, left + begin, line, bias[o], add)
-            if width % 2 == 1 and 0 <= width // 2 + h // 2 * row - first < length:    # half a tile is left
-                last = y[left + width // 2] + bias[o]
-                out[n, o, h, width - 1] = out[n, o, h, width - 1] + last if add else last
+_winograd_two = _winograd_by(2, _two_inputs, _two_weights, _two_outputs)
+_winograd_four = _winograd_by(4, _four_inputs, _four_weights, _four_outputs)
 
 
 @inner
 def _winograd_pays(in_channels, out_channels, out_height, out_width):
-    """Whether there are enough channels and positions to share the sums that _winograd makes beforehand."""
-    return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 20
-
-
-@inner
-def _winograd(planes, frame, weight, channel, picks, bias, out, add):
-    """What _correlate computes, for windows of 3x3 and a stride of 1, with 16 multiplications in place of 36.
-
-    Along a line, two neighbouring outputs read four numbers, y0 = x0 w0 + x1 w1 + x2 w2 and y1 = x1 w0 + x2 w1 + x3 w2:
-    six multiplications.  The same two outputs with four (multiply out to see it):
-
-        m0 = (x0 - x2) w0                      y0 = m0 + m1 + m2
-        m1 = (x1 + x2) (w0 + w1 + w2) / 2      y1 = m1 - m2 - m3
-        m2 = (x2 - x1) (w0 - w1 + w2) / 2
-        m3 = (x1 - x3) w2
-
-    In a plane the step is taken down and across: 4x4 numbers, 16 products, 2x2 outputs (Winograd 1980; Lavin and Gray,
-    arXiv 1509.09308).  The sums of weights are made once (_spread_weights), those of inputs once for all output
-    channels (_spread_inputs), and only the sum of a product over all input channels is made into outputs
-    (_gather_outputs).  Nearly all work is left in those products: 16 convolutions of 1x1, the images of one _correlate.
-
-    The tiles of 4x4 are two apart, and one apart in the four parts of a plane (see _split).  A band of them is
-    taken through all steps before the next, while its numbers are still in a cache.
-    """
-    batch, in_channels, height, width = planes.shape
-    zero, one = np.int64(0), np.int64(1)    # numba would compile _correlate once more for a plain 0 and 1
-    channels, line = out.shape[1], np.int64(TILES)
-    high, row = (height + 2 * frame + 1) // 2, (width + 2 * frame + 1) // 2
-    x = np.empty((batch, in_channels, 2, 2, high, row), dtype=out.dtype)
-    _split(planes, frame, np.int64(2), x)
-    # Four more: a power of two apart, the weights of the 16 products would evict each other.
-    packed = np.empty(((channels + GROUP - 1) // GROUP, 16, in_channels + 4, GROUP), dtype=out.dtype)
-    _spread_weights(weight, channel, picks, channels, packed)
-    nothing = np.zeros(channels, dtype=out.dtype)
-    v = np.empty(16 * in_channels * line, dtype=out.dtype)
-    m = np.empty((4, 4, channels, line), dtype=out.dtype)
-    reads = np.arange(in_channels) * line
-    positions = (high - 2) * row + (out.shape[3] + 1) // 2
-    for n in range(batch):
-        for first in range(0, positions, line):
-            length = min(line, positions - first)
-            _spread_inputs(x.reshape(-1), n * in_channels * 4 * high * row + first, row, high * row, v, in_channels,
-                           line, length)
-            _correlate(v, in_channels * line, line, reads, packed, nothing, m.reshape(16, channels, 1, line),
-                       one, length, zero, zero, one, np.bool_(False))
-            _gather_outputs(m, first, length, row, bias, out, n, add)
+    """Whether there are enough channels and positions to share the sums that are made beforehand."""
+    return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 16
 
 
 # -------------------------------------------------------------------------------------------- pooling loops
@@ -706,7 +828,7 @@ class ConvolutionLayer(_Parameters):
     def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
         """Fill outputs with the convolution of inputs_pad and return them.
 
-        Windows of 3x3 over many channels take Winograd's way (see _winograd), all others the formula's.
+        Windows of 3x3 over many channels take Winograd's way (see _winograd_by), all others the formula's.
         A tap is a triple (k, i, j), in the formula's order: it reads plane k, shifted by i rows and j columns.
         With a stride, the shift picks one of the plane's parts (see _split) and a smaller shift in it.
         """
@@ -716,14 +838,15 @@ class ConvolutionLayer(_Parameters):
         rows, columns = (height + S - 1) // S, (width + S - 1) // S
         taps = in_channels * kernel_size * kernel_size
         reads = np.empty(taps, dtype=np.int64)
-        picks = np.arange(taps)
+        picks = np.empty(taps, dtype=np.int64)
         for t in range(taps):
             k, i, j = t // kernel_size // kernel_size, t // kernel_size % kernel_size, t % kernel_size
             part = (k * used + i % S) * used + j % S
             reads[t] = (part * rows + i // S) * columns + j // S
+            picks[t] = t
         planes, weights = np.ascontiguousarray(inputs_pad), np.ascontiguousarray(weight).reshape(-1)
         if kernel_size == 3 and S == 1 and _winograd_pays(in_channels, out_channels, out_height, out_width):
-            _winograd(planes, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
+            _winograd_two(planes, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
             return outputs
         x = planes.reshape(-1)
         if S > 1:
@@ -749,7 +872,8 @@ class ConvolutionLayer(_Parameters):
         batch, out_channels, out_height, out_width = out_grad.shape
         in_channels, pad_height, pad_width = in_grad.shape[1:]
         K, S = kernel_size, stride
-        fewer = K == 3 and S == 1 and _winograd_pays(out_channels, in_channels, pad_height, pad_width)
+        fewer = K == 3 and S == 1 and in_grad.itemsize == 8    # float32 would be too coarse
+        fewer = fewer and _winograd_pays(out_channels, in_channels, pad_height, pad_width)
         frame = (K - 1) // S
         rows, columns = out_height + 2 * frame, out_width + 2 * frame
         framed = np.empty((batch, out_channels, 1, 1, rows, columns), dtype=in_grad.dtype)
@@ -768,7 +892,7 @@ class ConvolutionLayer(_Parameters):
                     reads[t] = (c * rows + frame - u) * columns + frame - v
                     picks[t] = (c * in_channels * K + u * S + a) * K + v * S + b
                 if fewer:
-                    _winograd(planes, frame, weights, K * K, picks, nothing, in_grad, np.bool_(True))
+                    _winograd_four(planes, frame, weights, K * K, picks, nothing, in_grad, np.bool_(True))
                 else:
                     packed = np.empty(((in_channels + GROUP - 1) // GROUP, 1, len(reads), GROUP), dtype=in_grad.dtype)
                     _pack(weights, K * K, picks, in_channels, packed)

@@ -36,7 +36,7 @@ CONVOLUTIONS = [
 # beyond the last group, rows longer than a band, other paddings.
 MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 33, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
                  (3, 36, 34, 22, 25, 3, 2, 1), (1, 32, 33, 21, 530, 3, 1, 1), (1, 35, 32, 300, 21, 3, 3, 1),
-                 (0, 32, 32, 20, 20, 3, 1, 1)]
+                 (1, 130, 250, 16, 17, 3, 1, 1), (0, 32, 32, 20, 20, 3, 1, 1)]
 # batch, channels, height, width, kernel_size, stride
 POOLINGS = [(1, 1, 2, 2, 2, 2), (2, 3, 8, 6, 2, 2), (1, 2, 7, 9, 2, 2), (2, 2, 9, 9, 3, 2), (1, 3, 8, 40, 3, 1),
             (1, 2, 11, 10, 2, 3), (3, 1, 5, 5, 5, 5), (1, 4, 6, 6, 1, 1), (0, 2, 4, 4, 2, 2)]
@@ -139,6 +139,17 @@ def test_convolution_gradient_of_many_channels_is_the_formula(case):
     in_grad = ConvolutionLayer._conv_back(out_grad, there.copy(), layer.weight, 3, 1)
     np.testing.assert_allclose(in_grad, expected, rtol=1e-11, atol=1e-12)
     assert len(inputs) == 0 or (in_grad != expected).any()
+
+
+@backward_stage
+def test_convolution_gradient_of_many_channels_in_float32_is_the_formula_to_the_bit():
+    """Whoever asks for float32 gets the formula's order: tiles of 4x4 outputs would be too coarse."""
+    layer, inputs, inputs_pad = convolution(MANY_CHANNELS[0], np.float32)
+    out_grad = numbers(1, layer.out_channels, *inputs.shape[2:], dtype=np.float32)
+    in_grad = ConvolutionLayer._conv_back(out_grad, np.zeros_like(inputs_pad), layer.weight, 3, 1)
+    expected = textbook.conv_back(out_grad, np.zeros_like(inputs_pad), layer.weight, 3, 1)
+    assert in_grad.dtype == np.float32
+    np.testing.assert_array_equal(in_grad, expected)
 
 
 @forward_stage
