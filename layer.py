@@ -363,17 +363,12 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
                          inside, j - frame, np.int64(tile))
 
     @inner
-    def put_row(out, to, a, start, count, bias, add):
-        """out[to + p * tile + j] = a[start + j * LINE + p] + bias; or +=."""
+    def add_row(out, to, a, start, count, bias):
+        """out[to + p * tile + j] += a[start + j * LINE + p] + bias."""
         to, start, L, S = np.uint64(to), np.uint64(start), np.uint64(LINE), np.uint64(tile)
-        if add:
-            for p in range(np.uint64(count)):
-                for j in range(S):
-                    out[to + p * S + j] += a[start + j * L + p] + bias
-        else:
-            for p in range(np.uint64(count)):
-                for j in range(S):
-                    out[to + p * S + j] = a[start + j * L + p] + bias
+        for p in range(np.uint64(count)):
+            for j in range(S):
+                out[to + p * S + j] += a[start + j * L + p] + bias
 
     @inner
     def put_tiles(a, first, length, across, bias, out, add):
@@ -384,10 +379,12 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
             whole = max(begin, min(end, width // tile))
             for i in range(min(tile, height - h * tile)):
                 line, start = out[h * tile + i], i * SIDE * LINE + h * across - first
-                put_row(line, begin * tile, a, start + begin, whole - begin, bias, add)
+                if not add:
+                    for w in range(begin * tile, min(width, end * tile)):
+                        line[w] = 0
+                add_row(line, begin * tile, a, start + begin, whole - begin, bias)
                 for w in range(whole * tile, min(width, end * tile)):    # the tile that the edge cuts
-                    y = a[start + w % tile * LINE + w // tile] + bias
-                    line[w] = line[w] + y if add else y
+                    line[w] += a[start + w % tile * LINE + w // tile] + bias
 
     @inner(parallel=True)
     def spread_inputs(planes, n, frame, first, length, across, side, v, line):
@@ -397,10 +394,9 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
             k = np.int64(index)
             a, b = np.empty(SIDE * SIDE * LINE, dtype=v.dtype), np.empty(SIDE * SIDE * LINE, dtype=v.dtype)
             take_tiles(planes, n * channels + k, frame, side, first, length, across, a)
-            for j in range(side):
-                inputs_of(b, j * SIDE * LINE, a, j * LINE, SIDE * LINE, length)
-            for i in range(side):
-                inputs_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, length)
+            for r in range(2 * side):
+                i, y, x = (r, b, a) if r < side else (r - side, a, b)
+                inputs_of(y, i * SIDE * LINE, x, i * LINE, SIDE * LINE, length)
             for t in range(side * side):
                 _copy(v, (t * channels + k) * line, a, (t // side * SIDE + t % side) * LINE, 1, length)
 
@@ -426,10 +422,9 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
                     to = (t // window * SIDE + t % window) * LINE + c
                     for q in range(count):
                         a[to + q * GROUP] = weight[o + picks[taps * (k + q) + t]]
-            for j in range(window):
-                weights_of(b, j * SIDE * LINE, a, j * LINE, SIDE * LINE, count * GROUP)
-            for i in range(side):
-                weights_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, count * GROUP)
+            for r in range(window + side):
+                i, y, x = (r, b, a) if r < window else (r - window, a, b)
+                weights_of(y, i * SIDE * LINE, x, i * LINE, SIDE * LINE, count * GROUP)
             for t in range(side * side):
                 _copy(out, (g * side * side + t) * pitch + k * GROUP, a, (t // side * SIDE + t % side) * LINE, 1,
                       count * GROUP)
