@@ -236,8 +236,8 @@ def _pad(planes, padding, out):
 #
 # In a plane the step is taken down and across: a tile of 4x4 numbers, 16 products, 2x2 outputs, and 2.25 times fewer
 # multiplications.  Four outputs read six numbers and take six products in place of twelve, in a plane 36 in place of
-# 144.  Their sums have factors up to 8, which cost accuracy: errors of about 1e-14 of the largest output in float64 are
-# no matter, but in float32 they would be larger than the formula's own.  So tiles of 2x2 forward, of 4x4 backward.
+# 144.  Their sums have factors up to 8, which cost accuracy: float64 has plenty, but in float32 the errors would be
+# larger than the formula's own.  So tiles of 2x2 outputs forward, of 4x4 backward.
 # (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 #
 # Below, x_i and y_i are lines of `length` numbers, one for each tile (or, for the weights, each channel): x_i begins
