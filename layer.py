@@ -25,10 +25,10 @@ get_num_threads()    # starts them: some versions of numba do not, for machine c
 
 GROUP = 4            # output channels of a convolution that share each number that is read
 BAND = 512           # positions of a plane that one job of a convolution covers, at most
+PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
-PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 LANES = 512          # partial sums of a dot product
 
 
@@ -345,7 +345,8 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     4. gather_outputs: the outputs of those sums.
 
     Each step goes down the columns of a tile first and then across its rows, from array a to b and back: position
-    (i, j) of all tiles is the line i * SIDE + j, and (j, i) in between.
+    (i, j) of all tiles is the line i * SIDE + j, and (j, i) in between.  `side` is tile + 2, but handed
+    on as an argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
     """
 
     @inner
