@@ -226,114 +226,25 @@ def _pad(planes, padding, out):
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
 
-# Along a line, two neighbouring outputs read four numbers: y0 = x0 w0 + x1 w1 + x2 w2, y1 = x1 w0 + x2 w1 + x3 w2.
-# That is six multiplications.  The same two outputs with four, m_i = X_i W_i (multiply out to see it):
-#
-#     X0 = x0 - x2      W0 = w0                      y0 = m0 + m1 + m2
-#     X1 = x1 + x2      W1 = (w0 + w2 + w1) / 2      y1 = m1 - m2 - m3
-#     X2 = x2 - x1      W2 = (w0 + w2 - w1) / 2
-#     X3 = x1 - x3      W3 = w2
-#
-# In a plane the step is taken down and across: a tile of 4x4 numbers, 16 products, 2x2 outputs, and 2.25 times fewer
-# multiplications.  Four outputs read six numbers and take six products in place of twelve, in a plane 36 in place of
-# 144.  Their sums have factors up to 8, which cost accuracy: float64 has plenty, but in float32 the errors would be
-# larger than the formula's own.  So tiles of 2x2 outputs forward, of 4x4 backward.
-# (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
-#
-# Below, x_i and y_i are lines of `length` numbers, one for each tile (or, for the weights, each channel): x_i begins
-# at start + i * step in x, y_i at to + i * LINE in y.
-
-@inner
-def _two_inputs(y, to, x, start, step, length):
-    """X0 to X3 of x0 to x3."""
-    to, start = np.uint64(to), np.uint64(start)
-    s1, s2, s3 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
-    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
-    for p in range(np.uint64(length)):
-        x0, x1, x2, x3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
-        y[to + p] = x0 - x2
-        y[to + t1 + p] = x1 + x2
-        y[to + t2 + p] = x2 - x1
-        y[to + t3 + p] = x1 - x3
-
-
-@inner
-def _two_weights(y, to, x, start, step, length):
-    """W0 to W3 of w0 to w2."""
-    to, start, half = np.uint64(to), np.uint64(start), x.dtype.type(0.5)
-    s1, s2 = np.uint64(step), np.uint64(2 * step)
-    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
-    for p in range(np.uint64(length)):
-        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        y[to + p] = w0
-        y[to + t1 + p] = (w0 + w2 + w1) * half
-        y[to + t2 + p] = (w0 + w2 - w1) * half
-        y[to + t3 + p] = w2
-
-
-@inner
-def _two_outputs(y, to, x, start, step, length):
-    """y0 and y1 of m0 to m3."""
-    to, start = np.uint64(to), np.uint64(start)
-    s1, s2, s3, t1 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step), np.uint64(LINE)
-    for p in range(np.uint64(length)):
-        m0, m1, m2, m3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
-        y[to + p] = m0 + m1 + m2
-        y[to + t1 + p] = m1 - m2 - m3
-
-
-@inner
-def _four_inputs(y, to, x, start, step, length):
-    """What six products take of six inputs."""
-    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
-    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
-    t3, t4, t5 = np.uint64(3 * LINE), np.uint64(4 * LINE), np.uint64(5 * LINE)
-    for p in range(np.uint64(length)):
-        x0, x1, x2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        x3, x4, x5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
-        a, b, c, d = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, x3 - x1
-        y[to + p] = x4 + 4 * x0 - 5 * x2
-        y[to + t1 + p] = a + b
-        y[to + t2 + p] = a - b
-        y[to + t3 + p] = c + 2 * d
-        y[to + t4 + p] = c - 2 * d
-        y[to + t5 + p] = x5 + 4 * x1 - 5 * x3
-
-
-@inner
-def _four_weights(y, to, x, start, step, length):
-    """What six products take of three weights."""
-    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step)
-    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
-    t4, t5 = np.uint64(4 * LINE), np.uint64(5 * LINE)
-    for p in range(np.uint64(length)):
-        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        y[to + p] = w0 * (1 / 4)
-        y[to + t1 + p] = (w0 + w2 + w1) * (-1 / 6)
-        y[to + t2 + p] = (w0 + w2 - w1) * (-1 / 6)
-        y[to + t3 + p] = (w0 + 4 * w2 + 2 * w1) * (1 / 24)
-        y[to + t4 + p] = (w0 + 4 * w2 - 2 * w1) * (1 / 24)
-        y[to + t5 + p] = w2
-
-
-@inner
-def _four_outputs(y, to, x, start, step, length):
-    """Four outputs of six products."""
-    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
-    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
-    t3 = np.uint64(3 * LINE)
-    for p in range(np.uint64(length)):
-        m0, m1, m2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        m3, m4, m5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
-        a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-        y[to + p] = m0 + a + c
-        y[to + t1 + p] = b + 2 * d
-        y[to + t2 + p] = a + 4 * c
-        y[to + t3 + p] = b + 8 * d + m5
-
-
 def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     """What _correlate computes, for windows of 3x3 and a stride of 1, in tiles of tile * tile outputs.
+
+    Along a line, two neighbouring outputs read four numbers: y0 = x0 w0 + x1 w1 + x2 w2, y1 = x1 w0 + x2 w1 + x3 w2.
+    That is six multiplications.  The same two outputs with four, m_i = X_i W_i (multiply out to see it):
+
+        X0 = x0 - x2      W0 = w0                      y0 = m0 + m1 + m2
+        X1 = x1 + x2      W1 = (w0 + w2 + w1) / 2      y1 = m1 - m2 - m3
+        X2 = x2 - x1      W2 = (w0 + w2 - w1) / 2
+        X3 = x1 - x3      W3 = w2
+
+    In a plane the step is taken down and across: a tile of 4x4 numbers, 16 products, 2x2 outputs, and 2.25 times fewer
+    multiplications.  Four outputs read six numbers and take six products in place of twelve, in a plane 36 in place of
+    144.  Their sums have factors up to 8, which cost accuracy: float64 has plenty, but in float32 the errors would be
+    larger than the formula's own.  So tiles of 2x2 outputs forward, of 4x4 backward.
+    (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
+
+    The six functions that follow are such steps.  Their x_i and y_i are lines of `length` numbers, one for each tile
+    or, for weights, each channel: x_i begins at start + i * step in x, y_i at to + i * LINE in y.
 
     Returns a compiled function; `tile` and the three steps are constants in it.  Its work, for one band of tiles after
     the other, so that the numbers are still in a cache for the next step:
@@ -478,6 +389,95 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
                 gather_outputs(sums, mine, line, first, length, across, side, bias, out, n, g * GROUP, add)
 
     return winograd
+
+
+@inner
+def _two_inputs(y, to, x, start, step, length):
+    """X0 to X3 of x0 to x3."""
+    to, start = np.uint64(to), np.uint64(start)
+    s1, s2, s3 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
+    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    for p in range(np.uint64(length)):
+        x0, x1, x2, x3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
+        y[to + p] = x0 - x2
+        y[to + t1 + p] = x1 + x2
+        y[to + t2 + p] = x2 - x1
+        y[to + t3 + p] = x1 - x3
+
+
+@inner
+def _two_weights(y, to, x, start, step, length):
+    """W0 to W3 of w0 to w2."""
+    to, start, half = np.uint64(to), np.uint64(start), x.dtype.type(0.5)
+    s1, s2 = np.uint64(step), np.uint64(2 * step)
+    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    for p in range(np.uint64(length)):
+        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        y[to + p] = w0
+        y[to + t1 + p] = (w0 + w2 + w1) * half
+        y[to + t2 + p] = (w0 + w2 - w1) * half
+        y[to + t3 + p] = w2
+
+
+@inner
+def _two_outputs(y, to, x, start, step, length):
+    """y0 and y1 of m0 to m3."""
+    to, start = np.uint64(to), np.uint64(start)
+    s1, s2, s3, t1 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step), np.uint64(LINE)
+    for p in range(np.uint64(length)):
+        m0, m1, m2, m3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
+        y[to + p] = m0 + m1 + m2
+        y[to + t1 + p] = m1 - m2 - m3
+
+
+@inner
+def _four_inputs(y, to, x, start, step, length):
+    """What six products take of six inputs."""
+    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
+    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
+    t3, t4, t5 = np.uint64(3 * LINE), np.uint64(4 * LINE), np.uint64(5 * LINE)
+    for p in range(np.uint64(length)):
+        x0, x1, x2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        x3, x4, x5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
+        a, b, c, d = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, x3 - x1
+        y[to + p] = x4 + 4 * x0 - 5 * x2
+        y[to + t1 + p] = a + b
+        y[to + t2 + p] = a - b
+        y[to + t3 + p] = c + 2 * d
+        y[to + t4 + p] = c - 2 * d
+        y[to + t5 + p] = x5 + 4 * x1 - 5 * x3
+
+
+@inner
+def _four_weights(y, to, x, start, step, length):
+    """What six products take of three weights."""
+    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step)
+    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    t4, t5 = np.uint64(4 * LINE), np.uint64(5 * LINE)
+    for p in range(np.uint64(length)):
+        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        y[to + p] = w0 * (1 / 4)
+        y[to + t1 + p] = (w0 + w2 + w1) * (-1 / 6)
+        y[to + t2 + p] = (w0 + w2 - w1) * (-1 / 6)
+        y[to + t3 + p] = (w0 + 4 * w2 + 2 * w1) * (1 / 24)
+        y[to + t4 + p] = (w0 + 4 * w2 - 2 * w1) * (1 / 24)
+        y[to + t5 + p] = w2
+
+
+@inner
+def _four_outputs(y, to, x, start, step, length):
+    """Four outputs of six products."""
+    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
+    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
+    t3 = np.uint64(3 * LINE)
+    for p in range(np.uint64(length)):
+        m0, m1, m2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+        m3, m4, m5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
+        a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
+        y[to + p] = m0 + a + c
+        y[to + t1 + p] = b + 2 * d
+        y[to + t2 + p] = a + 4 * c
+        y[to + t3 + p] = b + 8 * d + m5
 
 
 _winograd_two = _winograd_by(2, _two_inputs, _two_weights, _two_outputs)
