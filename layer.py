@@ -62,34 +62,44 @@ def inner(function=None, parallel=False):
 # ---------------------------------------------------------------------------------------- convolution loops
 
 @inner
-def _add_four_taps(acc, length, x, r0, r1, r2, r3, w, t):
-    """acc[c, p] += sum of w[t + i, c] * x[r_i + p] over four taps i, for four channels c, a to d.
+def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
+    """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t, for four channels c.
 
-    The innermost loop of a convolution.  Each x that is read serves four output channels, each sum that is read and
-    written serves four taps: 16 multiply-adds for 8 loads and 4 stores, and nearly all of it fits into the 16 vector
-    registers that a processor has at least.  The positions are alone in a function, and the indices unsigned,
-    because older compilers do not take several positions at a time otherwise.
+    The innermost loop of a convolution takes four taps.  Each x that is read serves four output channels, a to d, each
+    sum that is read and written serves four taps: 16 multiply-adds for 8 loads and 4 stores, and nearly all of it
+    fits into the 16 vector registers that a processor has at least.  The loops over positions are while loops, and
+    the indices unsigned, because older compilers do not take several positions at a time otherwise.
     """
-    a0, a1, a2, a3 = w[t, 0], w[t + 1, 0], w[t + 2, 0], w[t + 3, 0]
-    b0, b1, b2, b3 = w[t, 1], w[t + 1, 1], w[t + 2, 1], w[t + 3, 1]
-    c0, c1, c2, c3 = w[t, 2], w[t + 1, 2], w[t + 2, 2], w[t + 3, 2]
-    d0, d1, d2, d3 = w[t, 3], w[t + 1, 3], w[t + 2, 3], w[t + 3, 3]
-    r0, r1, r2, r3 = np.uint64(r0), np.uint64(r1), np.uint64(r2), np.uint64(r3)
+    start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
-    for p in range(np.uint64(length)):
-        x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-        acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-        acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-        acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-
-
-@inner
-def _add_one_tap(acc, first, length, x, r, w):
-    """acc[first + p] += w * x[r + p]: what is left over when the number of taps is no multiple of four."""
-    first, r = np.uint64(first), np.uint64(r)
-    for p in range(np.uint64(length)):
-        acc[first + p] = acc[first + p] + w * x[r + p]
+    end, one, fours = np.uint64(length), np.uint64(1), len(reads) // 4 * 4
+    for t in range(0, fours, 4):
+        q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
+        q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
+        r0, r1 = start + np.uint64(reads[t]), start + np.uint64(reads[t + 1])
+        r2, r3 = start + np.uint64(reads[t + 2]), start + np.uint64(reads[t + 3])
+        a0, a1, a2, a3 = weight[q0], weight[q1], weight[q2], weight[q3]
+        b0, b1, b2, b3 = weight[q0 + w1], weight[q1 + w1], weight[q2 + w1], weight[q3 + w1]
+        c0, c1, c2, c3 = weight[q0 + w2], weight[q1 + w2], weight[q2 + w2], weight[q3 + w2]
+        d0, d1, d2, d3 = weight[q0 + w3], weight[q1 + w3], weight[q2 + w3], weight[q3 + w3]
+        p = np.uint64(0)
+        while p < end:
+            x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+            acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+            acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+            acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+            acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+            p += one
+    for t in range(fours, len(reads)):    # what is left over when the number of taps is no multiple of four
+        q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
+        a, b, c, d = weight[q], weight[q + w1], weight[q + w2], weight[q + w3]
+        p = np.uint64(0)
+        while p < end:
+            acc[p] = acc[p] + a * x[r + p]
+            acc[p + B] = acc[p + B] + b * x[r + p]
+            acc[p + C] = acc[p + C] + c * x[r + p]
+            acc[p + D] = acc[p + D] + d * x[r + p]
+            p += one
 
 
 @inner
@@ -101,27 +111,20 @@ def _copy(out, to, x, start, step, length):
 
 
 @inner
-def _correlate_job(n, first, band, g, x, start, row, reads, furthest, packed, bias, out, height, width, top, left, step,
-                   add):
+def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, kind, channel, picks, bias, out, height,
+                   width, top, left, step, add):
     """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
     if start + furthest + (length + 15) // 16 * 16 <= len(x):
         length = (length + 15) // 16 * 16    # spares the compiler's loop over what is left; the last plane has no room
     mine = min(GROUP, out.shape[1] - g * GROUP)
-    acc = np.empty(GROUP * PITCH, dtype=x.dtype)
-    for c in range(GROUP):
-        b = bias[g * GROUP + min(c, mine - 1)]
-        for p in range(length):
-            acc[c * PITCH + p] = b
+    a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
+    acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
+    for p in range(length):    # a group beyond the last channel repeats it; the copies are not stored
+        acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = bias[a], bias[b], bias[c], bias[d]
 
-    whole = len(reads) // 4 * 4
-    for t in range(0, whole, 4):
-        _add_four_taps(acc, length, x, start + reads[t], start + reads[t + 1], start + reads[t + 2],
-                       start + reads[t + 3], packed, t)
-    for t in range(whole, len(reads)):
-        for c in range(mine):
-            _add_one_tap(acc, c * PITCH, length, x, start + reads[t], packed[t, c])
-
+    _add_taps(acc, length, x, start, reads, weight, n * kind + a * channel, picks, (b - a) * channel, (c - a) * channel,
+              (d - a) * channel)
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
@@ -129,24 +132,22 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, packed, bi
             if add:
                 for w in range(begin, end):
                     line[left + w * step] += acc[shift + w]
-            elif step == 1:
-                _copy(line, left + begin, acc, shift + begin, 1, end - begin)
             else:
-                for w in range(begin, end):
-                    line[left + w * step] = acc[shift + w]
+                _copy(line, left + begin, acc, shift + begin, 1, end - begin)
 
 
 @inner(parallel=True)
-def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left, step, add):
+def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, height, width, top, left, step, add):
     """The sum at the heart of both directions of a convolution.
 
     For every image n, channel c, row h < height and column w < width
 
         out[n, c, top + h * step, left + w * step]
-            = bias[c] + sum over taps t of weight[c, t] * x[n * image + reads[t] + h * row + w]
+            = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
+                                         * x[n * image + reads[t] + h * row + w]
 
-    A tap is one term of the formula's triple sum: which number of the planes it reads, and a weight (see _pack;
-    packed may hold other weights for each image, as _winograd_by needs it, or the same for all).
+    or is increased by it, if add.  A tap is one term of the formula's triple sum: which number of the planes it
+    reads, and which weight it picks; kind is 0 but for _winograd_by, where each image has weights of its own.
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
     end of one row of outputs and the start of the next are computed as well, and dropped.
@@ -157,27 +158,15 @@ def _correlate(x, image, row, reads, packed, bias, out, height, width, top, left
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
     band = ((positions + bands - 1) // bands + 15) // 16 * 16
-    groups, kinds = packed.shape[:2]
+    groups = (out.shape[1] + GROUP - 1) // GROUP
     furthest = reads[0]
     for t in range(len(reads)):
         furthest = max(furthest, reads[t])
     for index in prange(len(out) * bands * groups):
         job = np.int64(index)    # a prange counts in uint64, and numba would compile the job for both
         n, first, g = job // groups // bands, job // groups % bands * band, job % groups
-        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, packed[g, n % kinds], bias, out,
-                       height, width, top, left, step, add)
-
-
-@inner(parallel=True)
-def _pack(weight, channel, picks, channels, packed):
-    """packed[g, 0, t, c] = weight[(g * GROUP + c) * channel + picks[t]]: what a job reads, one after another.
-
-    A group beyond the last channel repeats it; the copies are computed with and not stored.
-    """
-    for g in prange(len(packed)):
-        for t in range(len(picks)):
-            for c in range(GROUP):
-                packed[g, 0, t, c] = weight[min(g * GROUP + c, channels - 1) * channel + picks[t]]
+        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, weight, kind, channel, picks,
+                       bias, out, height, width, top, left, step, add)
 
 
 @inner
@@ -196,32 +185,31 @@ def _cut(out, to, begin, end, x, line, width, shift, step):
 
 
 @inner(parallel=True)
-def _split(planes, frame, step, parts):
+def _split(x, planes, height, width, frame, step, used, rows, columns, parts):
     """Put a frame of zeros around each plane and split it into parts that a stride of `step` reads in one go.
 
-    planes (N, C, H, W) become parts (N, C, used, used, rows, columns): [n, c, i, j, h, w] is the number at row
-    h * step + i and column w * step + j of plane c in its frame.  A window that moves by `step` in the plane moves
-    by one in each of its parts; a window smaller than the step reads only used * used of them.  Past the frame
+    x (planes, height, width) becomes parts (planes, used, used, rows, columns): [plane, i, j, h, w] is the number at
+    row h * step + i and column w * step + j of the plane in its frame.  A window that moves by `step` in the plane
+    moves by one in each of its parts; a window smaller than the step reads only used * used of them.  Past the frame
     there are zeros, too.  With a step of 1 the only part is the framed plane.
     """
-    channels, height, width = planes.shape[1:]
-    used, rows, columns = parts.shape[3:]
-    x, out = planes.reshape(-1), parts.reshape(-1)
-    for index in prange(len(planes) * channels):
+    for index in prange(planes):
         plane = np.int64(index)
         for i in range(used):
             for j in range(used):
                 for h in range(rows):
                     y = h * step + i - frame
-                    _cut(out, (((plane * used + i) * used + j) * rows + h) * columns, np.int64(0), columns, x,
+                    _cut(parts, (((plane * used + i) * used + j) * rows + h) * columns, np.int64(0), columns, x,
                          (plane * height + y) * width, width if 0 <= y < height else 0, j - frame, step)
 
 
 @kernel
 def _pad(planes, padding, out):
     """out (N, C, H + 2P, W + 2P) = planes (N, C, H, W) with P rows and columns of zeros around each plane."""
-    batch, channels, height, width = out.shape
-    _split(planes, np.int64(padding), np.int64(1), out.reshape(batch, channels, 1, 1, height, width))
+    batch, channels, height, width = planes.shape
+    one = np.int64(1)    # numba would compile once more for a plain int
+    _split(planes.reshape(-1), batch * channels, height, width, np.int64(padding), one, one, height + 2 * padding,
+           width + 2 * padding, out.reshape(-1))
 
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
@@ -249,11 +237,11 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     Returns a compiled function; `tile` and the three steps are constants in it.  Its work, for one band of tiles after
     the other, so that the numbers are still in a cache for the next step:
 
-    1. spread_inputs: the sums that the products take of the inputs, made once for all output channels;
-    2. spread_weights: those of the weights, some output channels at a time;
-    3. _correlate: the products, each added up over all input channels.  Nearly all work is left here, for each of the
+    1. spread: the sums that the products take of the inputs, made once for all output channels, and those that they
+       take of the weights, some output channels at a time;
+    2. _correlate: the products, each added up over all input channels.  Nearly all work is left here, for each of the
        side * side products a convolution of 1x1: they are the images of one _correlate;
-    4. gather_outputs: the outputs of those sums.
+    3. gather: the outputs of those sums.
 
     Each step goes down the columns of a tile first and then across its rows, from array a to b and back: position
     (i, j) of all tiles is the line i * SIDE + j, and (j, i) in between.  `side` is tile + 2, but handed
@@ -261,18 +249,56 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     """
 
     @inner
-    def take_tiles(planes, plane, frame, side, first, length, across, a):
-        """Line (i, j) of a: row i and column j of the tiles from `first` on, of the plane in a frame of zeros."""
-        height, width = planes.shape[2:]
-        x = planes.reshape(-1)
+    def spread_plane(k, x, plane, height, width, frame, first, length, across, side, in_channels, line, v):
+        """A job of spread: v[(i * side + j) * in_channels + k] is what product (i, j) takes of plane k, a line."""
+        a, b = np.empty(np.int64(SIDE * SIDE * LINE), dtype=v.dtype), np.empty(np.int64(SIDE * SIDE * LINE), dtype=v.dtype)
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
             for i in range(side):
                 y = h * tile + i - frame
                 inside = width if 0 <= y < height else 0
-                for j in range(side):
-                    _cut(a, (i * SIDE + j) * LINE + h * across - first, begin, end, x, (plane * height + y) * width,
-                         inside, j - frame, np.int64(tile))
+                for j in range(side):    # line (i, j) of a: row i and column j of the tiles
+                    _cut(a, (i * SIDE + j) * LINE + h * across - first, begin, end, x,
+                         ((plane + k) * height + y) * width, inside, j - frame, np.int64(tile))
+        for r in range(2 * side):
+            i, y, z = (r, b, a) if r < side else (r - side, a, b)
+            inputs_of(y, i * SIDE * LINE, z, i * LINE, SIDE * LINE, length)
+        for t in range(side * side):
+            _copy(v, (t * in_channels + k) * line, a, (t // side * SIDE + t % side) * LINE, 1, length)
+
+    @inner
+    def spread_weights(o, weight, first, picks, side, channels, pitch, packed):
+        """A job of spread: packed[(i * side + j) * channels + o, k] is what product (i, j) takes for input channel k.
+
+        picks holds the nine places of a window's weights for each k, in the weights from `first` on.
+        """
+        a, b = np.empty(np.int64(SIDE * SIDE * LINE), dtype=packed.dtype), np.empty(np.int64(SIDE * SIDE * LINE), dtype=packed.dtype)
+        window = side - tile + 1
+        taps = window * window
+        in_channels = len(picks) // taps
+        for k in range(0, in_channels, TILES):
+            count = min(TILES, in_channels - k)
+            for t in range(taps):
+                to = (t // window * SIDE + t % window) * LINE
+                for q in range(count):
+                    a[to + q] = weight[first + picks[taps * (k + q) + t]]
+            for r in range(window + side):
+                i, y, z = (r, b, a) if r < window else (r - window, a, b)
+                weights_of(y, i * SIDE * LINE, z, i * LINE, SIDE * LINE, count)
+            for t in range(side * side):
+                _copy(packed, (t * channels + o) * pitch + k, a, (t // side * SIDE + t % side) * LINE, 1, count)
+
+    @inner(parallel=True)
+    def spread(begin, end, x, plane, height, width, frame, first, length, across, side, in_channels, line, v,
+               weight, channel, top, picks, channels, pitch, packed):
+        """Step 1: job k is plane k, job in_channels + o the weights of output channel top + o."""
+        for index in prange(end - begin):
+            job = begin + np.int64(index)
+            if job < in_channels:
+                spread_plane(job, x, plane, height, width, frame, first, length, across, side, in_channels, line, v)
+            else:
+                o = job - in_channels
+                spread_weights(o, weight, (top + o) * channel, picks, side, channels, pitch, packed)
 
     @inner
     def add_row(out, to, a, start, count, bias):
@@ -283,110 +309,66 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
                 out[to + p * S + j] += a[start + j * L + p] + bias
 
     @inner
-    def put_tiles(a, first, length, across, bias, out, add):
-        """The reverse of take_tiles, for the outputs of one plane; what lies past its edge is dropped."""
-        height, width = out.shape
+    def gather_plane(o, m, channels, line, first, length, across, side, bias, plane, add):
+        """A job of gather: the outputs of one channel, of its sums m[(i * side + j) * channels + o]."""
+        a, b = np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype), np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype)
+        for j in range(side):
+            outputs_of(b, j * SIDE * LINE, m, (j * channels + o) * line, side * channels * line, length)
+        for i in range(side - 2):
+            outputs_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, length)
+        height, width = plane.shape
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
             whole = max(begin, min(end, width // tile))
             for i in range(min(tile, height - h * tile)):
-                line, start = out[h * tile + i], i * SIDE * LINE + h * across - first
+                row, start = plane[h * tile + i], i * SIDE * LINE + h * across - first
                 if not add:
                     for w in range(begin * tile, min(width, end * tile)):
-                        line[w] = 0
-                add_row(line, begin * tile, a, start + begin, whole - begin, bias)
+                        row[w] = 0
+                add_row(row, begin * tile, a, start + begin, whole - begin, bias)
                 for w in range(whole * tile, min(width, end * tile)):    # the tile that the edge cuts
-                    line[w] += a[start + w % tile * LINE + w // tile] + bias
+                    row[w] += a[start + w % tile * LINE + w // tile] + bias
 
     @inner(parallel=True)
-    def spread_inputs(planes, n, frame, first, length, across, side, v, line):
-        """v[(i * side + j) * channels + k]: what product (i, j) takes of input channel k, a line of tiles each."""
-        channels = planes.shape[1]
-        for index in prange(channels):
-            k = np.int64(index)
-            a, b = np.empty(SIDE * SIDE * LINE, dtype=v.dtype), np.empty(SIDE * SIDE * LINE, dtype=v.dtype)
-            take_tiles(planes, n * channels + k, frame, side, first, length, across, a)
-            for r in range(2 * side):
-                i, y, x = (r, b, a) if r < side else (r - side, a, b)
-                inputs_of(y, i * SIDE * LINE, x, i * LINE, SIDE * LINE, length)
-            for t in range(side * side):
-                _copy(v, (t * channels + k) * line, a, (t // side * SIDE + t % side) * LINE, 1, length)
-
-    @inner(parallel=True)
-    def spread_weights(weight, channel, picks, first, channels, side, packed):
-        """packed[g, i * side + j, k, c]: the weight of product (i, j), input channel k, output first + g * GROUP + c.
-
-        picks holds the nine places of a window's weights for each k, as in _pack.
-        """
-        groups, pitch = np.int64(len(packed)), np.int64(packed.shape[2] * GROUP)
-        window, most = side - tile + 1, LINE // GROUP
-        taps = window * window
-        in_channels = len(picks) // taps
-        pieces = (in_channels + most - 1) // most
-        out = packed.reshape(-1)
-        for index in prange(groups * pieces):
-            g, k = np.int64(index) // pieces, np.int64(index) % pieces * most
-            count = min(most, in_channels - k)
-            a, b = np.empty(SIDE * SIDE * LINE, dtype=packed.dtype), np.empty(SIDE * SIDE * LINE, dtype=packed.dtype)
-            for c in range(packed.shape[3]):
-                o = min(first + g * GROUP + c, channels - 1) * channel
-                for t in range(taps):
-                    to = (t // window * SIDE + t % window) * LINE + c
-                    for q in range(count):
-                        a[to + q * GROUP] = weight[o + picks[taps * (k + q) + t]]
-            for r in range(window + side):
-                i, y, x = (r, b, a) if r < window else (r - window, a, b)
-                weights_of(y, i * SIDE * LINE, x, i * LINE, SIDE * LINE, count * GROUP)
-            for t in range(side * side):
-                _copy(out, (g * side * side + t) * pitch + k * GROUP, a, (t // side * SIDE + t % side) * LINE, 1,
-                      count * GROUP)
-
-    @inner(parallel=True)
-    def gather_outputs(m, channels, line, first, length, across, side, bias, out, n, top, add):
-        """The outputs of image n from channel `top` on, of the sums of products m, lined up as v."""
+    def gather(m, channels, line, first, length, across, side, bias, out, n, top, add):
+        """Step 3: the outputs of image n from channel `top` on; what lies past the edge of a plane is dropped."""
         for index in prange(channels):
             o = np.int64(index)
-            a, b = np.empty(SIDE * SIDE * LINE, dtype=m.dtype), np.empty(SIDE * SIDE * LINE, dtype=m.dtype)
-            for j in range(side):
-                outputs_of(b, j * SIDE * LINE, m, (j * channels + o) * line, side * channels * line, length)
-            for i in range(side - 2):
-                outputs_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, length)
-            put_tiles(a, first, length, across, bias[top + o], out[n, top + o], add)
+            gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o], add)
 
     @inner
-    def winograd(planes, frame, weight, channel, picks, bias, out, add):
-        batch, in_channels = planes.shape[:2]
-        channels, height, width = out.shape[1:]
+    def winograd(x, height, width, frame, weight, channel, picks, bias, out, add):
+        batch, channels, out_height, out_width = out.shape
         zero, one, side = np.int64(0), np.int64(1), np.int64(tile + 2)    # numba would compile once more for plain ints
-        products, across = side * side, (width + tile - 1) // tile
-        tiles = (height + tile - 1) // tile * across
+        products, in_channels = side * side, len(picks) // 9
+        across = (out_width + tile - 1) // tile
+        tiles = (out_height + tile - 1) // tile * across
         line = min(TILES, (in_channels + channels) * 8 // out.itemsize)    # at most; found by trying
         bands = (tiles + line - 1) // line
         line = ((tiles + bands - 1) // bands + 15) // 16 * 16
         bands = (tiles + line - 1) // line
-        groups, pitch = (channels + GROUP - 1) // GROUP, in_channels + 4    # + 4: no power of two, as above
-        block = max(1, min(groups, 2**19 // (products * pitch * GROUP)))    # 4 MB: larger ones are not faster
-        packed = np.empty(block * products * pitch * GROUP, dtype=out.dtype)
+        pitch = in_channels + 4    # no power of two, as above
+        block = min(channels, max(1, 2**19 // (products * pitch * GROUP)) * GROUP)    # 4 MB: larger ones are not faster
+        packed = np.empty(products * block * pitch, dtype=out.dtype)
         v = np.empty(products * in_channels * line, dtype=out.dtype)
-        m = np.empty(products * block * GROUP * line, dtype=out.dtype)
+        m = np.empty(products * block * line, dtype=out.dtype)
         nothing = np.zeros(channels, dtype=out.dtype)
-        reads = np.empty(in_channels, dtype=np.int64)
+        reads, order = np.empty(in_channels, dtype=np.int64), np.empty(in_channels, dtype=np.int64)
         for k in range(in_channels):
-            reads[k] = k * line
+            reads[k], order[k] = k * line, k
         for index in range(batch * bands):
             n, first = index // bands, index % bands * line
             length = min(line, tiles - first)
-            spread_inputs(planes, n, frame, first, length, across, side, v, line)
-            for g in range(0, groups, block):
-                count = min(block, groups - g)
-                mine = min(count * GROUP, channels - g * GROUP)
-                weights = packed[:count * products * pitch * GROUP].reshape((count, products, pitch, GROUP))
+            for top in range(0, channels, block):
+                mine = min(block, channels - top)
                 sums = m[:products * mine * line]
-                if index == 0 or block < groups:
-                    spread_weights(weight, channel, picks, g * GROUP, channels, side, weights)
-                _correlate(v, in_channels * line, line, reads, weights, nothing,
+                spread(0 if top == 0 else in_channels,
+                       in_channels + mine if index == 0 or block < channels else in_channels,
+                       x, n * in_channels, height, width, frame, first, length, across, side, in_channels, line, v,
+                       weight, channel, top, picks, mine, pitch, packed)
+                _correlate(v, in_channels * line, line, reads, packed, mine * pitch, pitch, order, nothing,
                            sums.reshape((products, mine, 1, line)), one, length, zero, zero, one, np.bool_(False))
-                gather_outputs(sums, mine, line, first, length, across, side, bias, out, n, g * GROUP, add)
+                gather(sums, mine, line, first, length, across, side, bias, out, n, top, add)
 
     return winograd
 
@@ -840,19 +822,15 @@ class ConvolutionLayer(_Parameters):
             part = (k * used + i % S) * used + j % S
             reads[t] = (part * rows + i // S) * columns + j // S
             picks[t] = t
-        planes, weights = np.ascontiguousarray(inputs_pad), np.ascontiguousarray(weight).reshape(-1)
+        x, weights = np.ascontiguousarray(inputs_pad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
         if kernel_size == 3 and S == 1 and _winograd_pays(in_channels, out_channels, out_height, out_width):
-            _winograd_two(planes, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
+            _winograd_two(x, height, width, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
             return outputs
-        x = planes.reshape(-1)
         if S > 1:
-            parts = np.empty((batch, in_channels, used, used, rows, columns), dtype=inputs_pad.dtype)
-            _split(planes, np.int64(0), np.int64(S), parts)
-            x = parts.reshape(-1)
-        packed = np.empty(((out_channels + GROUP - 1) // GROUP, 1, taps, GROUP), dtype=inputs_pad.dtype)
-        _pack(weights, taps, picks, out_channels, packed)
-        _correlate(x, in_channels * used * used * rows * columns, columns, reads, packed, bias, outputs,
-                   out_height, out_width, np.int64(0), np.int64(0), np.int64(1), np.bool_(False))
+            planes, x = x, np.empty(batch * in_channels * used * used * rows * columns, dtype=inputs_pad.dtype)
+            _split(planes, batch * in_channels, height, width, np.int64(0), S, used, rows, columns, x)
+        _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, np.int64(0), taps, picks, bias,
+                   outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1), np.bool_(False))
         return outputs
 
     @staticmethod
@@ -872,12 +850,14 @@ class ConvolutionLayer(_Parameters):
         fewer = fewer and _winograd_pays(out_channels, in_channels, pad_height, pad_width)
         frame = (K - 1) // S
         rows, columns = out_height + 2 * frame, out_width + 2 * frame
-        framed = np.empty((batch, out_channels, 1, 1, rows, columns), dtype=in_grad.dtype)
-        planes = np.ascontiguousarray(out_grad)
-        if not fewer:
-            _split(planes, frame, np.int64(1), framed)
-        nothing = np.zeros(in_channels, dtype=in_grad.dtype)
-        weights = np.ascontiguousarray(weight).reshape(-1)
+        planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
+        nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
+        if not fewer:    # then both are needed in the dtype of the sums
+            x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
+            _split(planes, batch * out_channels, out_height, out_width, frame, one, one, rows, columns, x)
+            typed = np.empty(len(weights), dtype=in_grad.dtype)
+            for p in range(len(weights)):
+                typed[p] = weights[p]
         for a in range(min(S, K)):
             for b in range(min(S, K)):
                 tall, wide = (K - 1 - a) // S + 1, (K - 1 - b) // S + 1
@@ -888,11 +868,10 @@ class ConvolutionLayer(_Parameters):
                     reads[t] = (c * rows + frame - u) * columns + frame - v
                     picks[t] = (c * in_channels * K + u * S + a) * K + v * S + b
                 if fewer:
-                    _winograd_four(planes, frame, weights, K * K, picks, nothing, in_grad, np.bool_(True))
+                    _winograd_four(planes, out_height, out_width, frame, weights, K * K, picks, nothing, in_grad,
+                                   np.bool_(True))
                 else:
-                    packed = np.empty(((in_channels + GROUP - 1) // GROUP, 1, len(reads), GROUP), dtype=in_grad.dtype)
-                    _pack(weights, K * K, picks, in_channels, packed)
-                    _correlate(framed.reshape(-1), out_channels * rows * columns, columns, reads, packed,
+                    _correlate(x, out_channels * rows * columns, columns, reads, typed, np.int64(0), K * K, picks,
                                nothing, in_grad, out_height + tall - 1, out_width + wide - 1, a, b, S, np.bool_(True))
         return in_grad
 
