@@ -105,9 +105,13 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 @inner
 def _copy(out, to, x, start, step, length):
     """out[to + p] = x[start + p * step]."""
-    to, start, step = np.uint64(to), np.uint64(start), np.uint64(step)
-    for p in range(np.uint64(length)):
-        out[to + p] = x[start + p * step]
+    to, start, by, two = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2)
+    if step == 2:    # known beforehand, it is faster
+        for p in range(np.uint64(length)):
+            out[to + p] = x[start + p * two]
+    else:
+        for p in range(np.uint64(length)):
+            out[to + p] = x[start + p * by]
 
 
 @inner
@@ -178,10 +182,7 @@ def _cut(out, to, begin, end, x, line, width, shift, step):
         out[to + w] = 0
     for w in range(right, end):
         out[to + w] = 0
-    if step == 2:    # known beforehand, it is faster
-        _copy(out, to + left, x, line + left * 2 + shift, 2, right - left)
-    else:
-        _copy(out, to + left, x, line + left * step + shift, step, right - left)
+    _copy(out, to + left, x, line + left * step + shift, step, right - left)
 
 
 @inner(parallel=True)
@@ -475,15 +476,14 @@ def _winograd_pays(in_channels, out_channels, out_height, out_width):
 # -------------------------------------------------------------------------------------------- pooling loops
 
 @inner
-def _take_larger(best, index, row, first, stride, candidate):
-    """Where row[first + w * stride] beats best[w], put it there and note its index in the window.
+def _take_larger(best, index, numbers, candidate):
+    """Where numbers[w] beats best[w], put it there and note its index in the window.
 
     A NaN beats every number, as in np.max; the first one among equals stays.  Both branches of each choice are
     computed, with & and |, because a jump would keep the processor from comparing several windows at a time.
     """
-    first, stride = np.uint64(first), np.uint64(stride)
-    for w in range(np.uint64(len(best))):
-        x, b = row[first + w * stride], best[w]
+    for w in range(len(best)):
+        x, b = numbers[w], best[w]
         wins = (x > b) | ((x != x) & (b == b))
         best[w] = x if wins else b
         index[w] = candidate if wins else index[w]
@@ -970,18 +970,15 @@ class MaxPoolLayer(object):
         batch, channels, out_height, out_width = outputs.shape
         for plane in prange(batch * channels):
             n, c = plane // channels, plane % channels
+            numbers = np.empty(out_width, dtype=inputs.dtype)
             for h in range(out_height):
+                best, index = outputs[n, c, h], argidx[n, c, h]
                 for w in range(out_width):
-                    outputs[n, c, h, w] = inputs[n, c, h * stride, w * stride]
-                    argidx[n, c, h, w] = 0
-                for i in range(kernel_size):
-                    for j in range(kernel_size):
-                        best, index, row = outputs[n, c, h], argidx[n, c, h], inputs[n, c, h * stride + i]
-                        candidate = np.int32(i * kernel_size + j)
-                        if candidate > 0 and stride == 2:    # known beforehand, it is faster
-                            _take_larger(best, index, row, j, 2, candidate)
-                        elif candidate > 0:
-                            _take_larger(best, index, row, j, stride, candidate)
+                    best[w], index[w] = -np.inf, 0
+                for t in range(kernel_size * kernel_size):
+                    row = inputs[n, c, h * stride + t // kernel_size]
+                    _copy(numbers, np.int64(0), row, t % kernel_size, stride, out_width)
+                    _take_larger(best, index, numbers, np.int32(t))
         return outputs, argidx
 
     @staticmethod
