@@ -37,9 +37,9 @@ def kernel(function=None, parallel=False):
     if function is None:
         return lambda function: kernel(function, parallel)
     try:
-        compiled = jit(parallel=parallel, cache=True, **FLAGS)(function)
+        compiled = jit(parallel=parallel, cache=True, no_cfunc_wrapper=True, **FLAGS)(function)
     except RuntimeError:    # numba found no place for its cache: compile in every run
-        return jit(parallel=parallel, **FLAGS)(function)
+        return jit(parallel=parallel, no_cfunc_wrapper=True, **FLAGS)(function)
     save = compiled._cache.save_overload
 
     def save_if_there_is_room(*code):
