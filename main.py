@@ -177,7 +177,7 @@ def run(arguments):
             picture.check_path(arguments.picture)
         except ValueError as error:
             raise PictureError(error)
-    with ahead.backward_loops() as wait_for_backward_loops:
+    with ahead.late_loops() as wait_for_late_loops:
         model.resume_weights(checkpoint.load(arguments.ckpt, shapes))
 
         start_time = time.time()
@@ -194,7 +194,7 @@ def run(arguments):
         print(loss)
 
         grad = loss_func.backward()
-        wait_for_backward_loops()
+        wait_for_late_loops()
         grad = model.backward(grad)
         print(grad.mean(), grad.sum())
 

@@ -1,8 +1,9 @@
-"""Compile the loops of the backward pass in a process of its own, beside the first run of main.py.
+"""Compile loops that a run needs late in a process of its own, beside the first run of main.py.
 
 numba compiles a loop when it is first called, on one core, and puts the machine code on disk for later runs.  In a
-first run the loops of the forward pass are compiled where they are needed; those of the backward pass, which are
-others, are compiled here meanwhile, and only read from the disk when it is their turn.
+first run most loops of the forward pass are compiled where they are needed; those of the backward pass, which are
+others, are compiled here meanwhile, and only read from the disk when it is their turn.  So are those of the fully
+connected layers, as the forward pass comes to them last: then both processes have about the same to do.
 """
 import contextlib
 import gc
@@ -24,8 +25,8 @@ def is_compiled(loops):
 
 
 @contextlib.contextmanager
-def backward_loops():
-    """Compile the backward pass, where that is still to be done, while the block runs.
+def late_loops():
+    """Compile them, where that is still to be done, while the block runs.
 
     Yields
     ------
@@ -46,11 +47,14 @@ def backward_loops():
             process.wait()
 
 
-def compile_backward():
-    """Call every backward loop on next to nothing, with the dtypes of a run: float64 gradients, float32 weights."""
+def compile_late_loops():
+    """Call them on next to nothing, with the dtypes of a run: float64 gradients, all else float32."""
     from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
-    gradient = np.zeros((1, 1, 2, 2))
+    connection = FullyConnectLayer(1, 1)
+    connection.load_params(np.zeros((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32))
+    connection.forward(np.zeros((1, 1), dtype=np.float32))    # first: it is not waited for
 
+    gradient = np.zeros((1, 1, 2, 2))
     convolution = ConvolutionLayer(1, 1, 3, padding=1)
     convolution.load_params(np.zeros((1, 1, 3, 3), dtype=np.float32), np.zeros(1, dtype=np.float32))
     convolution.input_shape = convolution.output_shape = gradient.shape
@@ -61,9 +65,6 @@ def compile_backward():
     pooling.argidx = np.zeros(gradient.shape, dtype=np.int32)
     pooling.backward(gradient)
 
-    connection = FullyConnectLayer(1, 1)
-    connection.load_params(np.zeros((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32))
-    connection.inputs = np.zeros((1, 1), dtype=np.float32)
     connection.backward(np.zeros((1, 1)))
 
     relu, flatten = ReluLayer(), FlattenLayer()
@@ -76,4 +77,4 @@ def compile_backward():
 if __name__ == '__main__':
     sys.path[0] = PROJECT
     gc.disable()    # the process ends before it would pay
-    compile_backward()
+    compile_late_loops()

@@ -1,4 +1,4 @@
-"""The process that compiles the backward loops beside a first run."""
+"""The process that compiles the loops that a first run needs late."""
 import os
 import subprocess
 import sys
@@ -11,13 +11,13 @@ FIRST_RUN = '''
 from file import ahead
 import layer
 loops = [layer.ConvolutionLayer._conv_back, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
-         layer._unflatten]
+         layer._unflatten, layer._fully_connect]
 assert not any(map(ahead.is_compiled, loops))
-with ahead.backward_loops() as wait:
+with ahead.late_loops() as wait:
     wait()
 assert all(map(ahead.is_compiled, loops))
 ahead.subprocess = None    # none is started any more
-with ahead.backward_loops() as wait:
+with ahead.late_loops() as wait:
     wait()
 '''
 # The loops of a convolution are the first to be called, so that nothing else has started numba's threads.
@@ -28,10 +28,10 @@ weight = np.ones((1, 1, 3, 3), np.float32)
 in_grad = ConvolutionLayer._conv_back(np.ones((1, 1, 2, 2)), np.zeros((1, 1, 4, 4)), weight, 3, 1)
 assert in_grad.sum() == 36
 from file import ahead
-ahead.compile_backward()
+ahead.compile_late_loops()
 import layer
 loops = [ConvolutionLayer._conv_back, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
-         layer._unflatten]
+         layer._unflatten, layer._fully_connect]
 print([(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values())) for loop in loops])
 '''
 
@@ -45,7 +45,7 @@ def run(script, **environment):
 
 def test_a_first_run_leaves_the_loops_on_disk_for_the_next(tmp_path):
     run(FIRST_RUN, NUMBA_CACHE_DIR=str(tmp_path))
-    assert run(SECOND_RUN, NUMBA_CACHE_DIR=str(tmp_path)).strip() == str([(1, 0)] * 5)
+    assert run(SECOND_RUN, NUMBA_CACHE_DIR=str(tmp_path)).strip() == str([(1, 0)] * 6)
 
 
 def test_a_run_that_ends_early_stops_it(monkeypatch):
@@ -58,7 +58,7 @@ def test_a_run_that_ends_early_stops_it(monkeypatch):
     monkeypatch.setattr(ahead, 'is_compiled', lambda loops: False)
     monkeypatch.setattr(ahead, 'subprocess', type('', (), {'Popen': staticmethod(popen)}))
     with pytest.raises(KeyError):
-        with ahead.backward_loops():
+        with ahead.late_loops():
             raise KeyError
     assert started[0].returncode not in (None, 0)
 
@@ -69,7 +69,7 @@ def test_without_a_process_the_loops_are_compiled_where_they_are_called(monkeypa
 
     monkeypatch.setattr(ahead, 'is_compiled', lambda loops: False)
     monkeypatch.setattr(ahead, 'subprocess', type('', (), {'Popen': staticmethod(popen)}))
-    with ahead.backward_loops() as wait:
+    with ahead.late_loops() as wait:
         assert wait() is None
 
 
