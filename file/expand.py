@@ -80,7 +80,8 @@ def packed_layers(path):
             for name in names:
                 weight = unpack(packed[name + '.q'], packed[name + '.scale'])
                 if name == 'fullyconnect1':
-                    weight = np.repeat(weight, PLANE, axis=1)
+                    repeated = np.broadcast_to(weight[:, :, None], weight.shape + (PLANE,))
+                    weight = repeated.reshape(len(weight), -1)    # as np.repeat, only faster
                 yield name, weight, packed[name + '.bias']
     except FileNotFoundError:
         raise CheckpointError('%s is not there: fetch it again with the project' % path)
