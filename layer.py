@@ -123,10 +123,10 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, ki
         length = (length + 15) // 16 * 16    # spares the compiler's loop over what is left; the last plane has no room
     mine = min(GROUP, out.shape[1] - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
+    y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
     acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
-    for p in range(length):    # a group beyond the last channel repeats it; the copies are not stored
-        acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = bias[a], bias[b], bias[c], bias[d]
-
+    for p in range(length):
+        acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     _add_taps(acc, length, x, start, reads, weight, n * kind + a * channel, picks, (b - a) * channel, (c - a) * channel,
               (d - a) * channel)
     for c in range(mine):
@@ -150,7 +150,7 @@ def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, he
             = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
                                          * x[n * image + reads[t] + h * row + w]
 
-    or is increased by it, if add.  A tap is one term of the formula's triple sum: which number of the planes it
+    or is increased by it, if add; without add, step is 1.  A tap is one term of the formula's triple sum: which number of the planes it
     reads, and which weight it picks; kind is 0 but for _winograd_by, where each image has weights of its own.
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
@@ -252,7 +252,8 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     @inner
     def spread_plane(k, x, plane, height, width, frame, first, length, across, side, in_channels, line, v):
         """A job of spread: v[(i * side + j) * in_channels + k] is what product (i, j) takes of plane k, a line."""
-        a, b = np.empty(np.int64(SIDE * SIDE * LINE), dtype=v.dtype), np.empty(np.int64(SIDE * SIDE * LINE), dtype=v.dtype)
+        size = np.int64(SIDE * SIDE * LINE)
+        a, b = np.empty(size, dtype=v.dtype), np.empty(size, dtype=v.dtype)
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
             for i in range(side):
@@ -273,7 +274,8 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
 
         picks holds the nine places of a window's weights for each k, in the weights from `first` on.
         """
-        a, b = np.empty(np.int64(SIDE * SIDE * LINE), dtype=packed.dtype), np.empty(np.int64(SIDE * SIDE * LINE), dtype=packed.dtype)
+        size = np.int64(SIDE * SIDE * LINE)
+        a, b = np.empty(size, dtype=packed.dtype), np.empty(size, dtype=packed.dtype)
         window = side - tile + 1
         taps = window * window
         in_channels = len(picks) // taps
@@ -312,7 +314,8 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     @inner
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane, add):
         """A job of gather: the outputs of one channel, of its sums m[(i * side + j) * channels + o]."""
-        a, b = np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype), np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype)
+        size = np.int64(SIDE * SIDE * LINE)
+        a, b = np.empty(size, dtype=m.dtype), np.empty(size, dtype=m.dtype)
         for j in range(side):
             outputs_of(b, j * SIDE * LINE, m, (j * channels + o) * line, side * channels * line, length)
         for i in range(side - 2):
@@ -829,8 +832,8 @@ class ConvolutionLayer(_Parameters):
         if S > 1:
             planes, x = x, np.empty(batch * in_channels * used * used * rows * columns, dtype=inputs_pad.dtype)
             _split(planes, batch * in_channels, height, width, np.int64(0), S, used, rows, columns, x)
-        _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, np.int64(0), taps, picks, bias,
-                   outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1), np.bool_(False))
+        _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, np.int64(0), taps, picks,
+                   bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1), np.bool_(False))
         return outputs
 
     @staticmethod
