@@ -124,7 +124,7 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, ki
     mine = min(GROUP, out.shape[1] - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
     y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
-    acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
+    acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)    # for a constant numba would compile np.empty once more
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     _add_taps(acc, length, x, start, reads, weight, n * kind + a * channel, picks, (b - a) * channel, (c - a) * channel,
@@ -150,8 +150,10 @@ def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, he
             = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
                                          * x[n * image + reads[t] + h * row + w]
 
-    or is increased by it, if add; without add, step is 1.  A tap is one term of the formula's triple sum: which number of the planes it
-    reads, and which weight it picks; kind is 0 but for _winograd_by, where each image has weights of its own.
+    or is increased by it, if add; without add, step is 1.  A tap is one term of the formula's triple sum: which
+    number of the planes it reads, and which weight it picks; kind is 0 but for _winograd_by, where each image has
+    weights of its own.
+
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
     end of one row of outputs and the start of the next are computed as well, and dropped.

@@ -26,7 +26,7 @@ def is_compiled(loops):
 
 @contextlib.contextmanager
 def late_loops():
-    """Compile them, where that is still to be done, while the block runs.
+    """Compile the late loops, where that is still to be done, while the block runs.
 
     Yields
     ------
@@ -48,7 +48,7 @@ def late_loops():
 
 
 def compile_late_loops():
-    """Call them on next to nothing, with the dtypes of a run: float64 gradients, all else float32."""
+    """Call the late loops on next to nothing, with the dtypes of a run: float64 gradients, all else float32."""
     from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
     connection = FullyConnectLayer(1, 1)
     connection.load_params(np.zeros((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32))
