@@ -30,6 +30,7 @@ TILES = 256          # tiles that _winograd_by takes through all its steps befor
 SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
 LANES = 512          # partial sums of a dot product
+COLUMNS = 8192       # of a fully connected layer's input gradient that one job covers, at most
 
 
 def kernel(function=None, parallel=False):
@@ -543,16 +544,17 @@ def _fully_connect(inputs, outputs, weight, bias):
 
 
 @kernel(parallel=True)
-def _fully_connect_back(out_grad, in_grad, weight):
+def _fully_connect_back(out_grad, in_grad, weight, jobs):
     """in_grad[n, i] = sum over o of out_grad[n, o] * weight[o, i].
 
-    A job owns some columns i of in_grad and walks down the rows of the weight, four at a time.
+    A job owns some columns i of in_grad and walks down the rows of the weight, four at a time.  The fewer jobs, the
+    longer the pieces of a row, and the faster memory hands them out.
     """
     batch, out_features = out_grad.shape
     in_features = in_grad.shape[1]
-    width = 512
-    for job in prange((in_features + width - 1) // width):
-        first, last = job * width, min(in_features, job * width + width)
+    width = (in_features + jobs - 1) // jobs
+    for job in prange(jobs):
+        first, last = min(in_features, job * width), min(in_features, job * width + width)
         for n in range(batch):
             for i in range(first, last):
                 in_grad[n, i] = 0
@@ -1226,7 +1228,8 @@ class FullyConnectLayer(_Parameters):
         self.out_grad = _checked(out_grad, 'out_grad', shape=(batch, self.out_features))
         self._gradients = None
         in_grad = np.empty((batch, self.in_features), dtype=self.out_grad.dtype)
-        _fully_connect_back(self.out_grad, in_grad, np.ascontiguousarray(self.weight))
+        jobs = get_num_threads() * (self.in_features // (get_num_threads() * COLUMNS) + 1)    # as many for each thread
+        _fully_connect_back(self.out_grad, in_grad, np.ascontiguousarray(self.weight), jobs)
         return in_grad
 
     def _parameter_gradients(self):
