@@ -29,6 +29,7 @@ PITCH = BAND + 48    # between the sums of two channels: a power of two apart, t
 TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
+ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 LANES = 512          # partial sums of a dot product
 COLUMNS = 8192       # of a fully connected layer's input gradient that one job covers, at most
 
@@ -218,7 +219,7 @@ def _pad(planes, padding, out):
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
 
-def _winograd_by(tile, inputs_of, weights_of, outputs_of):
+def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     """What _correlate computes, for windows of 3x3 and a stride of 1, in tiles of tile * tile outputs.
 
     Along a line, two neighbouring outputs read four numbers: y0 = x0 w0 + x1 w1 + x2 w2, y1 = x1 w0 + x2 w1 + x3 w2.
@@ -235,11 +236,12 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
     larger than the formula's own.  So tiles of 2x2 outputs forward, of 4x4 backward.
     (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 
-    The six functions that follow are such steps.  Their x_i and y_i are lines of `length` numbers, one for each tile
-    or, for weights, each channel: x_i begins at start + i * step in x, y_i at to + i * LINE in y.
+    The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
+    at to + i * by in y.  inputs_of(each) and outputs_of(each) make the function: where each is not 1, the numbers of a
+    tile lie beside each other in a plane, x_i of tile p (or y_i, for outputs) is i + p * each numbers from the start.
 
-    Returns a compiled function; `tile` and the three steps are constants in it.  Its work, for one band of tiles after
-    the other, so that the numbers are still in a cache for the next step:
+    Returns a compiled function; the arguments are constants in it.  Its work, for one band of tiles after the other, so
+    that the numbers are still in a cache for the next step:
 
     1. spread: the sums that the products take of the inputs, made once for all output channels, and those that they
        take of the weights, some output channels at a time;
@@ -247,159 +249,149 @@ def _winograd_by(tile, inputs_of, weights_of, outputs_of):
        side * side products a convolution of 1x1: they are the images of one _correlate;
     3. gather: the outputs of those sums.
 
-    Each step goes down the columns of a tile first and then across its rows, from array a to b and back: position
-    (i, j) of all tiles is the line i * SIDE + j, and (j, i) in between.  `side` is tile + 2, but handed
-    on as an argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
+    Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
+    argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
+
+    `back` turns the windows round, lets the inputs be what the weight calls outputs, and adds to what is there.
     """
+    spread_down, spread_across = inputs_of(1), inputs_of(tile)
+    gather_down, gather_across = outputs_of(1), outputs_of(tile)
 
     @inner
-    def spread_plane(k, x, plane, height, width, frame, first, length, across, side, in_channels, line, v):
-        """A job of spread: v[(i * side + j) * in_channels + k] is what product (i, j) takes of plane k, a line."""
-        size = np.int64(SIDE * SIDE * LINE)
+    def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, sheet, v):
+        """v[(i * side + j) * sheet + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
+        size = np.int64(SIDE * ROW)
         a, b = np.empty(size, dtype=v.dtype), np.empty(size, dtype=v.dtype)
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
-            for i in range(side):
+            columns = (end - begin) * tile + side - tile
+            for i in range(side):    # the rows of these tiles, with a frame of zeros
                 y = h * tile + i - frame
-                inside = width if 0 <= y < height else 0
-                for j in range(side):    # line (i, j) of a: row i and column j of the tiles
-                    _cut(a, (i * SIDE + j) * LINE + h * across - first, begin, end, x,
-                         ((plane + k) * height + y) * width, inside, j - frame, np.int64(tile))
-        for r in range(2 * side):
-            i, y, z = (r, b, a) if r < side else (r - side, a, b)
-            inputs_of(y, i * SIDE * LINE, z, i * LINE, SIDE * LINE, length)
-        for t in range(side * side):
-            _copy(v, (t * in_channels + k) * line, a, (t // side * SIDE + t % side) * LINE, 1, length)
+                _cut(a, i * ROW, np.int64(0), columns, x, ((plane + k) * height + y) * width,
+                     width if 0 <= y < height else 0, begin * tile - frame, np.int64(1))
+            spread_down(b, np.int64(0), np.int64(ROW), a, np.int64(0), np.int64(ROW), columns)
+            for i in range(side):
+                spread_across(v, i * side * sheet + k * line + h * across + begin - first, sheet, b, i * ROW,
+                              np.int64(1), end - begin)
 
     @inner
-    def spread_weights(o, weight, first, picks, side, channels, pitch, packed):
-        """A job of spread: packed[(i * side + j) * channels + o, k] is what product (i, j) takes for input channel k.
-
-        picks holds the nine places of a window's weights for each k, in the weights from `first` on.
-        """
+    def spread_weights(row, weight, first, count, side, rows, pitch, packed):
+        """packed[((i * side + j) * rows + row) * pitch + q] = what product (i, j) takes of the window first + q."""
         size = np.int64(SIDE * SIDE * LINE)
         a, b = np.empty(size, dtype=packed.dtype), np.empty(size, dtype=packed.dtype)
-        window = side - tile + 1
-        taps = window * window
-        in_channels = len(picks) // taps
-        for k in range(0, in_channels, TILES):
-            count = min(TILES, in_channels - k)
-            for t in range(taps):
-                to = (t // window * SIDE + t % window) * LINE
-                for q in range(count):
-                    a[to + q] = weight[first + picks[taps * (k + q) + t]]
-            for r in range(window + side):
-                i, y, z = (r, b, a) if r < window else (r - window, a, b)
-                weights_of(y, i * SIDE * LINE, z, i * LINE, SIDE * LINE, count)
-            for t in range(side * side):
-                _copy(packed, (t * channels + o) * pitch + k, a, (t // side * SIDE + t % side) * LINE, 1, count)
+        for q in range(0, count, TILES):
+            length = min(TILES, count - q)
+            for t in range(9):
+                _copy(a, (t // 3 * SIDE + t % 3) * LINE, weight, (first + q) * 9 + (8 - t if back else t), np.int64(9),
+                      length)
+            for j in range(3):
+                weights_of(b, j * LINE, np.int64(SIDE * LINE), a, j * LINE, np.int64(SIDE * LINE), length)
+            for i in range(side):
+                weights_of(packed, (i * side * rows + row) * pitch + q, rows * pitch, b, i * SIDE * LINE,
+                           np.int64(LINE), length)
 
     @inner(parallel=True)
-    def spread(begin, end, x, plane, height, width, frame, first, length, across, side, in_channels, line, v,
-               weight, channel, top, picks, channels, pitch, packed):
-        """Step 1: job k is plane k, job in_channels + o the weights of output channel top + o."""
-        for index in prange(end - begin):
-            job = begin + np.int64(index)
-            if job < in_channels:
-                spread_plane(job, x, plane, height, width, frame, first, length, across, side, in_channels, line, v)
-            else:
-                o = job - in_channels
-                spread_weights(o, weight, (top + o) * channel, picks, side, channels, pitch, packed)
+    def spread(planes, rows, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
+               weight, channels, top, count, pitch, packed):
+        """Step 1: each job takes one of the planes, if there are any to be taken, and its share of the weights."""
+        for index in prange(planes):
+            job = np.int64(index)
+            if top == 0:
+                spread_plane(job, x, plane, height, width, frame, first, length, across, side, line, sheet, v)
+            for row in range(job * of_rows // planes, (job + 1) * of_rows // planes):
+                window = row * channels + top if back else (top + row) * planes
+                spread_weights(row, weight, window, count, side, rows, pitch, packed)
 
     @inner
-    def add_row(out, to, a, start, count, bias):
-        """out[to + p * tile + j] += a[start + j * LINE + p] + bias."""
-        to, start, L, S = np.uint64(to), np.uint64(start), np.uint64(LINE), np.uint64(tile)
-        for p in range(np.uint64(count)):
-            for j in range(S):
-                out[to + p * S + j] += a[start + j * L + p] + bias
+    def put_row(out, to, row, length, bias):
+        """out[to + p] = row[p] + bias, or is increased by it."""
+        to = np.uint64(to)
+        for p in range(np.uint64(length)):
+            out[to + p] = (out[to + p] + row[p] if back else row[p]) + bias
 
     @inner
-    def gather_plane(o, m, channels, line, first, length, across, side, bias, plane, add):
-        """A job of gather: the outputs of one channel, of its sums m[(i * side + j) * channels + o]."""
-        size = np.int64(SIDE * SIDE * LINE)
-        a, b = np.empty(size, dtype=m.dtype), np.empty(size, dtype=m.dtype)
+    def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
+        """The outputs of one channel, of its sums m[(i * side + j) * channels + o], a line each."""
+        b, row = np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype), np.empty(np.int64(ROW), dtype=m.dtype)
         for j in range(side):
-            outputs_of(b, j * SIDE * LINE, m, (j * channels + o) * line, side * channels * line, length)
-        for i in range(side - 2):
-            outputs_of(a, i * SIDE * LINE, b, i * LINE, SIDE * LINE, length)
+            gather_down(b, j * SIDE * LINE, np.int64(LINE), m, (j * channels + o) * line, side * channels * line, length)
         height, width = plane.shape
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
-            whole = max(begin, min(end, width // tile))
             for i in range(min(tile, height - h * tile)):
-                row, start = plane[h * tile + i], i * SIDE * LINE + h * across - first
-                if not add:
-                    for w in range(begin * tile, min(width, end * tile)):
-                        row[w] = 0
-                add_row(row, begin * tile, a, start + begin, whole - begin, bias)
-                for w in range(whole * tile, min(width, end * tile)):    # the tile that the edge cuts
-                    row[w] += a[start + w % tile * LINE + w // tile] + bias
+                gather_across(row, np.int64(0), np.int64(1), b, i * LINE + h * across + begin - first,
+                              np.int64(SIDE * LINE), end - begin)
+                put_row(plane[h * tile + i], begin * tile, row, min(width, end * tile) - begin * tile, bias)
 
     @inner(parallel=True)
-    def gather(m, channels, line, first, length, across, side, bias, out, n, top, add):
+    def gather(m, channels, line, first, length, across, side, bias, out, n, top):
         """Step 3: the outputs of image n from channel `top` on; what lies past the edge of a plane is dropped."""
         for index in prange(channels):
             o = np.int64(index)
-            gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o], add)
+            gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
 
     @inner
-    def winograd(x, height, width, frame, weight, channel, picks, bias, out, add):
+    def winograd(x, height, width, frame, weight, bias, out):
         batch, channels, out_height, out_width = out.shape
         zero, one, side = np.int64(0), np.int64(1), np.int64(tile + 2)    # numba would compile once more for plain ints
-        products, in_channels = side * side, len(picks) // 9
+        products, planes = side * side, len(weight) // 9 // channels
         across = (out_width + tile - 1) // tile
         tiles = (out_height + tile - 1) // tile * across
-        line = min(TILES, (in_channels + channels) * 8 // out.itemsize)    # at most; found by trying
+        line = min(TILES, (planes + channels) * 8 // out.itemsize)    # at most; found by trying
         bands = (tiles + line - 1) // line
         line = ((tiles + bands - 1) // bands + 15) // 16 * 16
         bands = (tiles + line - 1) // line
-        pitch = in_channels + 4    # no power of two, as above
-        block = min(channels, max(1, 2**19 // (products * pitch * GROUP)) * GROUP)    # 4 MB: larger ones are not faster
-        packed = np.empty(products * block * pitch, dtype=out.dtype)
-        v = np.empty(products * in_channels * line, dtype=out.dtype)
+        sheet = planes * line + 16    # no power of two, as above
+        block = min(channels, max(1, 2**19 // (products * (planes + 4) * GROUP)) * GROUP)    # 4 MB: larger are not faster
+        rows, pitch = (planes, block + 4) if back else (block, planes + 4)    # of the packed weights
+        packed = np.empty(products * rows * pitch, dtype=out.dtype)
+        v = np.empty(products * sheet, dtype=out.dtype)
         m = np.empty(products * block * line, dtype=out.dtype)
         nothing = np.zeros(channels, dtype=out.dtype)
-        reads, order = np.empty(in_channels, dtype=np.int64), np.empty(in_channels, dtype=np.int64)
-        for k in range(in_channels):
-            reads[k], order[k] = k * line, k
+        reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
+        for k in range(planes):
+            reads[k], picks[k] = k * line, k * pitch if back else k
         for index in range(batch * bands):
             n, first = index // bands, index % bands * line
             length = min(line, tiles - first)
             for top in range(0, channels, block):
                 mine = min(block, channels - top)
                 sums = m[:products * mine * line]
-                spread(0 if top == 0 else in_channels,
-                       in_channels + mine if index == 0 or block < channels else in_channels,
-                       x, n * in_channels, height, width, frame, first, length, across, side, in_channels, line, v,
-                       weight, channel, top, picks, mine, pitch, packed)
-                _correlate(v, in_channels * line, line, reads, packed, mine * pitch, pitch, order, nothing,
+                if not back:
+                    rows = mine
+                spread(planes, rows, rows if index == 0 or block < channels else zero,
+                       x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
+                       weight, channels, top, mine if back else planes, pitch, packed)
+                _correlate(v, sheet, line, reads, packed, rows * pitch, one if back else pitch, picks, nothing,
                            sums.reshape((products, mine, 1, line)), one, length, zero, zero, one, np.bool_(False))
-                gather(sums, mine, line, first, length, across, side, bias, out, n, top, add)
+                gather(sums, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
 
 
-@inner
-def _two_inputs(y, to, x, start, step, length):
+def _two_inputs(each):
     """X0 to X3 of x0 to x3."""
-    to, start = np.uint64(to), np.uint64(start)
-    s1, s2, s3 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
-    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
-    for p in range(np.uint64(length)):
-        x0, x1, x2, x3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
-        y[to + p] = x0 - x2
-        y[to + t1 + p] = x1 + x2
-        y[to + t2 + p] = x2 - x1
-        y[to + t3 + p] = x1 - x3
+    @inner
+    def step(y, to, by, x, start, apart, length):
+        to, start, apart = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
+        n, s2, s3, t1 = np.uint64(each), np.uint64(2) * apart, np.uint64(3) * apart, np.uint64(by)
+        t2, t3 = np.uint64(2) * t1, np.uint64(3) * t1
+        for p in range(np.uint64(length)):
+            x0, x1 = x[start + p * n], x[start + apart + p * n]
+            x2, x3 = x[start + s2 + p * n], x[start + s3 + p * n]
+            y[to + p] = x0 - x2
+            y[to + t1 + p] = x1 + x2
+            y[to + t2 + p] = x2 - x1
+            y[to + t3 + p] = x1 - x3
+    return step
 
 
 @inner
-def _two_weights(y, to, x, start, step, length):
+def _two_weights(y, to, by, x, start, apart, length):
     """W0 to W3 of w0 to w2."""
     to, start, half = np.uint64(to), np.uint64(start), x.dtype.type(0.5)
-    s1, s2 = np.uint64(step), np.uint64(2 * step)
-    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
+    s1, s2 = np.uint64(apart), np.uint64(2 * apart)
+    t1, t2, t3 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by)
     for p in range(np.uint64(length)):
         w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
         y[to + p] = w0
@@ -408,41 +400,45 @@ def _two_weights(y, to, x, start, step, length):
         y[to + t3 + p] = w2
 
 
-@inner
-def _two_outputs(y, to, x, start, step, length):
+def _two_outputs(each):
     """y0 and y1 of m0 to m3."""
-    to, start = np.uint64(to), np.uint64(start)
-    s1, s2, s3, t1 = np.uint64(step), np.uint64(2 * step), np.uint64(3 * step), np.uint64(LINE)
-    for p in range(np.uint64(length)):
-        m0, m1, m2, m3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
-        y[to + p] = m0 + m1 + m2
-        y[to + t1 + p] = m1 - m2 - m3
+    @inner
+    def step(y, to, by, x, start, apart, length):
+        to, start, n, t1 = np.uint64(to), np.uint64(start), np.uint64(each), np.uint64(by if each == 1 else 1)
+        s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
+        for p in range(np.uint64(length)):
+            m0, m1, m2, m3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
+            y[to + p * n] = m0 + m1 + m2
+            y[to + t1 + p * n] = m1 - m2 - m3
+    return step
 
 
-@inner
-def _four_inputs(y, to, x, start, step, length):
+def _four_inputs(each):
     """What six products take of six inputs."""
-    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
-    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
-    t3, t4, t5 = np.uint64(3 * LINE), np.uint64(4 * LINE), np.uint64(5 * LINE)
-    for p in range(np.uint64(length)):
-        x0, x1, x2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        x3, x4, x5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
-        a, b, c, d = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, x3 - x1
-        y[to + p] = x4 + 4 * x0 - 5 * x2
-        y[to + t1 + p] = a + b
-        y[to + t2 + p] = a - b
-        y[to + t3 + p] = c + 2 * d
-        y[to + t4 + p] = c - 2 * d
-        y[to + t5 + p] = x5 + 4 * x1 - 5 * x3
+    @inner
+    def step(y, to, by, x, start, apart, length):
+        to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
+        n, s2, s3 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1
+        s4, s5, t1, t2 = np.uint64(4) * s1, np.uint64(5) * s1, np.uint64(by), np.uint64(2 * by)
+        t3, t4, t5 = np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
+        for p in range(np.uint64(length)):
+            x0, x1, x2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
+            x3, x4, x5 = x[start + s3 + p * n], x[start + s4 + p * n], x[start + s5 + p * n]
+            a, b, c, d = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, x3 - x1
+            y[to + p] = x4 + 4 * x0 - 5 * x2
+            y[to + t1 + p] = a + b
+            y[to + t2 + p] = a - b
+            y[to + t3 + p] = c + 2 * d
+            y[to + t4 + p] = c - 2 * d
+            y[to + t5 + p] = x5 + 4 * x1 - 5 * x3
+    return step
 
 
 @inner
-def _four_weights(y, to, x, start, step, length):
+def _four_weights(y, to, by, x, start, apart, length):
     """What six products take of three weights."""
-    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step)
-    t1, t2, t3 = np.uint64(LINE), np.uint64(2 * LINE), np.uint64(3 * LINE)
-    t4, t5 = np.uint64(4 * LINE), np.uint64(5 * LINE)
+    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(apart), np.uint64(2 * apart)
+    t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
     for p in range(np.uint64(length)):
         w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
         y[to + p] = w0 * (1 / 4)
@@ -453,30 +449,77 @@ def _four_weights(y, to, x, start, step, length):
         y[to + t5 + p] = w2
 
 
-@inner
-def _four_outputs(y, to, x, start, step, length):
+def _four_outputs(each):
     """Four outputs of six products."""
-    to, start, s1, s2, s3 = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2 * step), np.uint64(3 * step)
-    s4, s5, t1, t2 = np.uint64(4 * step), np.uint64(5 * step), np.uint64(LINE), np.uint64(2 * LINE)
-    t3 = np.uint64(3 * LINE)
-    for p in range(np.uint64(length)):
-        m0, m1, m2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        m3, m4, m5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
-        a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-        y[to + p] = m0 + a + c
-        y[to + t1 + p] = b + 2 * d
-        y[to + t2 + p] = a + 4 * c
-        y[to + t3 + p] = b + 8 * d + m5
+    @inner
+    def step(y, to, by, x, start, apart, length):
+        to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
+        s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
+        s4, s5, t1 = np.uint64(4 * apart), np.uint64(5 * apart), np.uint64(by if each == 1 else 1)
+        t2, t3 = np.uint64(2) * t1, np.uint64(3) * t1
+        for p in range(np.uint64(length)):
+            m0, m1, m2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
+            m3, m4, m5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
+            a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
+            y[to + p * n] = m0 + a + c
+            y[to + t1 + p * n] = b + 2 * d
+            y[to + t2 + p * n] = a + 4 * c
+            y[to + t3 + p * n] = b + 8 * d + m5
+    return step
 
 
-_winograd_two = _winograd_by(2, _two_inputs, _two_weights, _two_outputs)
-_winograd_four = _winograd_by(4, _four_inputs, _four_weights, _four_outputs)
+_winograd_two = _winograd_by(2, False, _two_inputs, _two_weights, _two_outputs)
+_winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_outputs)
 
 
 @inner
 def _winograd_pays(in_channels, out_channels, out_height, out_width):
     """Whether there are enough channels and positions to share the sums that are made beforehand."""
     return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 16
+
+
+@kernel
+def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
+    """Add the gradient of a convolution's inputs to in_grad and return it.
+
+    Forward, row h * S + i of the padded inputs meets row h of the outputs.  Backward, row q * S + e of the padded
+    inputs, 0 <= e < S, collects from the rows q - u of out_grad for every i = u * S + e < K: the same sum with the
+    window's taps in reverse, once for each remainder of the rows and of the columns.  Row h * S + a of the inputs
+    themselves is row h * S + a + P of the padded ones: q is h plus a few rows.  The planes of out_grad get a frame of
+    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv.
+    """
+    batch, out_channels, out_height, out_width = out_grad.shape
+    in_channels, height, width = in_grad.shape[1:]
+    K, S, P = kernel_size, stride, padding
+    planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
+    nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
+    if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
+        _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
+        return in_grad    # float32 would be too coarse
+    frame = (K - 1) // S
+    rows, columns = out_height + 2 * frame, out_width + 2 * frame
+    x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)    # as the sums are, and so is
+    _split(planes, batch * out_channels, out_height, out_width, frame, one, one, rows, columns, x)
+    typed = np.empty(len(weights), dtype=in_grad.dtype)
+    for p in range(len(weights)):
+        typed[p] = weights[p]
+    for place in range(S * S):
+        a, b = place // S, place % S
+        more, d, right, e = (a + P) // S, (a + P) % S, (b + P) // S, (b + P) % S
+        tall, wide = (K - 1 - d) // S + 1, (K - 1 - e) // S + 1
+        high = min(out_height + tall - 1 - more, (height - a + S - 1) // S)
+        broad = min(out_width + wide - 1 - right, (width - b + S - 1) // S)
+        if min(tall, wide, high, broad) < 1:    # no window reaches these
+            continue
+        reads = np.empty(out_channels * tall * wide, dtype=np.int64)
+        picks = np.empty(out_channels * tall * wide, dtype=np.int64)
+        for t in range(len(reads)):
+            c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
+            reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
+            picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
+        _correlate(x, out_channels * rows * columns, columns, reads, typed, np.int64(0), K * K, picks, nothing, in_grad,
+                   high, broad, a, b, S, np.bool_(True))
+    return in_grad
 
 
 # -------------------------------------------------------------------------------------------- pooling loops
@@ -803,10 +846,9 @@ class ConvolutionLayer(_Parameters):
         """
         batch, channels, height, width = _after_forward(self.input_shape)
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
-        P = self.padding
-        in_grad = np.zeros((batch, channels, height + 2 * P, width + 2 * P))
-        in_grad = self._conv_back(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride)
-        return in_grad[:, :, P:height + P, P:width + P]
+        in_grad = np.zeros((batch, channels, height, width))
+        return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
+                                   self.padding)
 
     @staticmethod
     @kernel
@@ -831,7 +873,7 @@ class ConvolutionLayer(_Parameters):
             picks[t] = t
         x, weights = np.ascontiguousarray(inputs_pad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
         if kernel_size == 3 and S == 1 and _winograd_pays(in_channels, out_channels, out_height, out_width):
-            _winograd_two(x, height, width, np.int64(0), weights, taps, picks, bias, outputs, np.bool_(False))
+            _winograd_two(x, height, width, np.int64(0), weights, bias, outputs)
             return outputs
         if S > 1:
             planes, x = x, np.empty(batch * in_channels * used * used * rows * columns, dtype=inputs_pad.dtype)
@@ -843,44 +885,8 @@ class ConvolutionLayer(_Parameters):
     @staticmethod
     @kernel
     def _conv_back(out_grad, in_grad, weight, kernel_size, stride):
-        """Add the gradient of the padded inputs to in_grad and return it.
-
-        Forward, X_pad(h * S + i) meets Y(h).  Backward, the gradient of X_pad(q * S + a), 0 <= a < S, collects
-        from Y(q - u) for every i = u * S + a < K: the same sum with the window's taps in reverse, once for each
-        remainder a of the rows and b of the columns.  The planes of out_grad get a frame of zeros, wide enough
-        for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv.
-        """
-        batch, out_channels, out_height, out_width = out_grad.shape
-        in_channels, pad_height, pad_width = in_grad.shape[1:]
-        K, S = kernel_size, stride
-        fewer = K == 3 and S == 1 and in_grad.itemsize == 8    # float32 would be too coarse
-        fewer = fewer and _winograd_pays(out_channels, in_channels, pad_height, pad_width)
-        frame = (K - 1) // S
-        rows, columns = out_height + 2 * frame, out_width + 2 * frame
-        planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
-        nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
-        if not fewer:    # then both are needed in the dtype of the sums
-            x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
-            _split(planes, batch * out_channels, out_height, out_width, frame, one, one, rows, columns, x)
-            typed = np.empty(len(weights), dtype=in_grad.dtype)
-            for p in range(len(weights)):
-                typed[p] = weights[p]
-        for a in range(min(S, K)):
-            for b in range(min(S, K)):
-                tall, wide = (K - 1 - a) // S + 1, (K - 1 - b) // S + 1
-                reads = np.empty(out_channels * tall * wide, dtype=np.int64)
-                picks = np.empty(out_channels * tall * wide, dtype=np.int64)
-                for t in range(len(reads)):
-                    c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
-                    reads[t] = (c * rows + frame - u) * columns + frame - v
-                    picks[t] = (c * in_channels * K + u * S + a) * K + v * S + b
-                if fewer:
-                    _winograd_four(planes, out_height, out_width, frame, weights, K * K, picks, nothing, in_grad,
-                                   np.bool_(True))
-                else:
-                    _correlate(x, out_channels * rows * columns, columns, reads, typed, np.int64(0), K * K, picks,
-                               nothing, in_grad, out_height + tall - 1, out_width + wide - 1, a, b, S, np.bool_(True))
-        return in_grad
+        """Add the gradient of the padded inputs to in_grad and return it."""
+        return _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, np.int64(0))
 
 
 class MaxPoolLayer(object):
