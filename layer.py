@@ -54,10 +54,14 @@ def kernel(function=None, parallel=False):
     return compiled
 
 
-def inner(function=None, parallel=False):
-    """Compile for loops that only other compiled loops call: without an entry for Python, and kept with the caller."""
+def inner(function=None, parallel=False, of=''):
+    """Compile for loops that only other compiled loops call: without an entry for Python, and kept with the caller.
+
+    `of` tells the functions apart that one def makes: their machine code, read from the disk, goes by the def's name.
+    """
     if function is None:
-        return lambda function: inner(function, parallel)
+        return lambda function: inner(function, parallel, of)
+    function.__qualname__ += str(of)
     return jit(parallel=parallel, no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)(function)
 
 
@@ -257,7 +261,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     spread_down, spread_across = inputs_of(1), inputs_of(tile)
     gather_down, gather_across = outputs_of(1), outputs_of(tile)
 
-    @inner
+    @inner(of=tile)
     def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, sheet, v):
         """v[(i * side + j) * sheet + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
         size = np.int64(SIDE * ROW)
@@ -274,7 +278,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread_across(v, i * side * sheet + k * line + h * across + begin - first, sheet, b, i * ROW,
                               np.int64(1), end - begin)
 
-    @inner
+    @inner(of=tile)
     def spread_weights(row, weight, first, count, side, rows, pitch, packed):
         """packed[((i * side + j) * rows + row) * pitch + q] = what product (i, j) takes of the window first + q."""
         size = np.int64(SIDE * SIDE * LINE)
@@ -290,7 +294,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 weights_of(packed, (i * side * rows + row) * pitch + q, rows * pitch, b, i * SIDE * LINE,
                            np.int64(LINE), length)
 
-    @inner(parallel=True)
+    @inner(parallel=True, of=tile)
     def spread(planes, rows, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
                weight, channels, top, count, pitch, packed):
         """Step 1: each job takes one of the planes, if there are any to be taken, and its share of the weights."""
@@ -302,19 +306,20 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 window = row * channels + top if back else (top + row) * planes
                 spread_weights(row, weight, window, count, side, rows, pitch, packed)
 
-    @inner
+    @inner(of=tile)
     def put_row(out, to, row, length, bias):
         """out[to + p] = row[p] + bias, or is increased by it."""
         to = np.uint64(to)
         for p in range(np.uint64(length)):
             out[to + p] = (out[to + p] + row[p] if back else row[p]) + bias
 
-    @inner
+    @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
         """The outputs of one channel, of its sums m[(i * side + j) * channels + o], a line each."""
         b, row = np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype), np.empty(np.int64(ROW), dtype=m.dtype)
         for j in range(side):
-            gather_down(b, j * SIDE * LINE, np.int64(LINE), m, (j * channels + o) * line, side * channels * line, length)
+            gather_down(b, j * SIDE * LINE, np.int64(LINE), m, (j * channels + o) * line, side * channels * line,
+                        length)
         height, width = plane.shape
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
@@ -323,14 +328,14 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                               np.int64(SIDE * LINE), end - begin)
                 put_row(plane[h * tile + i], begin * tile, row, min(width, end * tile) - begin * tile, bias)
 
-    @inner(parallel=True)
+    @inner(parallel=True, of=tile)
     def gather(m, channels, line, first, length, across, side, bias, out, n, top):
         """Step 3: the outputs of image n from channel `top` on; what lies past the edge of a plane is dropped."""
         for index in prange(channels):
             o = np.int64(index)
             gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
 
-    @inner
+    @inner(of=tile)
     def winograd(x, height, width, frame, weight, bias, out):
         batch, channels, out_height, out_width = out.shape
         zero, one, side = np.int64(0), np.int64(1), np.int64(tile + 2)    # numba would compile once more for plain ints
@@ -342,7 +347,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         line = ((tiles + bands - 1) // bands + 15) // 16 * 16
         bands = (tiles + line - 1) // line
         sheet = planes * line + 16    # no power of two, as above
-        block = min(channels, max(1, 2**19 // (products * (planes + 4) * GROUP)) * GROUP)    # 4 MB: larger are not faster
+        block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # 8 MB; more is not faster
         rows, pitch = (planes, block + 4) if back else (block, planes + 4)    # of the packed weights
         packed = np.empty(products * rows * pitch, dtype=out.dtype)
         v = np.empty(products * sheet, dtype=out.dtype)
@@ -371,7 +376,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
 def _two_inputs(each):
     """X0 to X3 of x0 to x3."""
-    @inner
+    @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, apart = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3, t1 = np.uint64(each), np.uint64(2) * apart, np.uint64(3) * apart, np.uint64(by)
@@ -402,7 +407,7 @@ def _two_weights(y, to, by, x, start, apart, length):
 
 def _two_outputs(each):
     """y0 and y1 of m0 to m3."""
-    @inner
+    @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, n, t1 = np.uint64(to), np.uint64(start), np.uint64(each), np.uint64(by if each == 1 else 1)
         s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
@@ -415,7 +420,7 @@ def _two_outputs(each):
 
 def _four_inputs(each):
     """What six products take of six inputs."""
-    @inner
+    @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1
@@ -451,7 +456,7 @@ def _four_weights(y, to, by, x, start, apart, length):
 
 def _four_outputs(each):
     """Four outputs of six products."""
-    @inner
+    @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
         s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
@@ -475,7 +480,7 @@ _winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_output
 @inner
 def _winograd_pays(in_channels, out_channels, out_height, out_width):
     """Whether there are enough channels and positions to share the sums that are made beforehand."""
-    return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 16
+    return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 14
 
 
 @kernel

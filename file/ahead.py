@@ -33,9 +33,9 @@ def late_loops():
     callable
         Waits until it is done.  If it fails, the loops are compiled where they are called, as without this.
     """
-    from layer import _gradient_of_inputs
+    import layer
     process = None
-    if not is_compiled(_gradient_of_inputs):
+    if not is_compiled(getattr(layer, '_gradient_of_inputs', None)):    # a student's loops have other names
         with contextlib.suppress(OSError), open(os.devnull, 'r+b') as nothing:
             process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=nothing, stdout=nothing,
                                        stderr=nothing)

@@ -128,10 +128,10 @@ def row(what, mine, other):
     return '%7.2f  %-52s %s  /  %s' % (np.median(mine) / np.median(other), what, spread(mine), spread(other))
 
 
-def passes(model, x, repeats, kept=False):
-    """Lines of text about the whole forward and backward pass, taking turns with torch and with one thread.
+def passes(model, x, repeats, end='', all_rows=True):
+    """Lines of text about the whole forward and backward pass, taking turns with torch.
 
-    With memory that is kept (see file/memory.py) only the rows beside torch, which gains from it as well.
+    `end` is put behind their names.  all_rows: beside the textbook and one thread, too.
     """
     out_grad = np.ones((1, 4))
 
@@ -142,7 +142,7 @@ def passes(model, x, repeats, kept=False):
         return silent(lambda: model.backward(out_grad))
 
     works = {'forward': forward, 'backward': backward}
-    if get_num_threads() > 1 and not kept:
+    if get_num_threads() > 1 and all_rows:
         works.update({'forward 1': on_one_thread(forward), 'backward 1': on_one_thread(backward)})
     if torch:
         float32, float64 = twin(model, torch.float32), twin(model, torch.float64)
@@ -161,15 +161,14 @@ def passes(model, x, repeats, kept=False):
     times = in_turns(works, repeats)
     lines = []
     if torch:
-        end = ', memory kept' if kept else ''
         lines += [row('forward with prints / torch float32' + end, times['forward'], times['torch forward']),
                   row('backward / torch float64' + end, times['backward'], times['torch backward'])]
-    if kept:
+    if not all_rows:
         return '\n'.join(lines)
     both = np.add(times['forward'], times['backward'])
-    lines.append(row('textbook / ours, forward and backward', [textbook_seconds(model)], both))
+    lines.append(row('textbook / ours, forward and backward' + end, [textbook_seconds(model)], both))
     if 'forward 1' in times:
-        lines.append(row('one thread / %d threads, forward and backward' % get_num_threads(),
+        lines.append(row('one thread / %d threads, both passes%s' % (get_num_threads(), end),
                          np.add(times['forward 1'], times['backward 1']), both))
     return '\n'.join(lines)
 
@@ -255,7 +254,9 @@ def report(repeats, ckpt):
     except RuntimeError as error:
         processes = '         main.py is left out: %s' % error
     model, x = random_network()
-    whole, layers, windows = passes(model, x, repeats), layer_table(model, x, repeats), window_table(repeats)
-    if torch and memory.keep_what_is_freed():    # as main.py does, and last: it cannot be undone
-        whole += '\n' + passes(model, x, repeats, kept=True)
-    print('%s\n%s\n\n%s\n\n%s' % (whole, processes, layers, windows))
+    whole, layers, windows = [], layer_table(model, x, repeats), window_table(repeats)
+    if torch:
+        whole.append(passes(model, x, repeats, all_rows=False))
+    # as main.py does, and last: it cannot be undone
+    whole.append(passes(model, x, repeats, ', memory kept' if memory.keep_what_is_freed() else ''))
+    print('%s\n%s\n\n%s\n\n%s' % ('\n'.join(whole), processes, layers, windows))

@@ -62,6 +62,18 @@ TODO = {
         return in_grad
 ''',
 }
+# ConvolutionLayer.backward goes without the frame that is cut off in the end; in the handbook's listing it is there.
+WITHOUT_FRAME = '''\
+        in_grad = np.zeros((batch, channels, height, width))
+        return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
+                                   self.padding)
+'''
+WITH_FRAME = '''\
+        P = self.padding
+        in_grad = np.zeros((batch, channels, height + 2 * P, width + 2 * P))
+        in_grad = self._conv_back(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride)
+        return in_grad[:, :, P:height + P, P:width + P]
+'''
 HANDBOOK = {'ConvolutionLayer': '2.5.2.1', 'MaxPoolLayer': '2.5.2.2'}    # where the formulas are
 TODO_NETWORK = '        # TODO 根据网络图搭建VGG16模型\n'
 FORMULAS = ('conv', 'conv_back', 'pool', 'pool_back')
@@ -160,6 +172,7 @@ def defined(node):
 
 def without_bodies(source):
     """A layer.py with its four bodies unwritten, and without what only they needed."""
+    source = source.replace(WITHOUT_FRAME, WITH_FRAME)
     before = needed(ast.parse(source))
     roots = set(before) - set().union(*before.values())    # what nothing in the file needs is there for others
     source = edited(source, {place: TODO[key] for key, (_, place) in bodies(source).items()})

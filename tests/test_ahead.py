@@ -10,7 +10,7 @@ from file import ahead
 FIRST_RUN = '''
 from file import ahead
 import layer
-loops = [layer.ConvolutionLayer._conv_back, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
+loops = [layer._gradient_of_inputs, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
          layer._unflatten, layer._fully_connect]
 assert not any(map(ahead.is_compiled, loops))
 with ahead.late_loops() as wait:
@@ -23,14 +23,14 @@ with ahead.late_loops() as wait:
 # The loops of a convolution are the first to be called, so that nothing else has started numba's threads.
 SECOND_RUN = '''
 import numpy as np
-from layer import ConvolutionLayer
+from layer import _gradient_of_inputs
 weight = np.ones((1, 1, 3, 3), np.float32)
-in_grad = ConvolutionLayer._conv_back(np.ones((1, 1, 2, 2)), np.zeros((1, 1, 4, 4)), weight, 3, 1)
+in_grad = _gradient_of_inputs(np.ones((1, 1, 2, 2)), np.zeros((1, 1, 4, 4)), weight, 3, 1, 0)
 assert in_grad.sum() == 36
 from file import ahead
 ahead.compile_late_loops()
 import layer
-loops = [ConvolutionLayer._conv_back, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
+loops = [_gradient_of_inputs, layer.MaxPoolLayer._pool_back, layer._fully_connect_back, layer._relu_back,
          layer._unflatten, layer._fully_connect]
 print([(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values())) for loop in loops])
 '''
