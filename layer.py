@@ -483,12 +483,14 @@ def _winograd_pays(in_channels, out_channels, out_height, out_width):
     return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 14
 
 
+# ----------------------------------------------------------------------------------- convolution, the way back
+
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
     """Add the gradient of a convolution's inputs to in_grad and return it.
 
-    Forward, row h * S + i of the padded inputs meets row h of the outputs.  Backward, row q * S + e of the padded
-    inputs, 0 <= e < S, collects from the rows q - u of out_grad for every i = u * S + e < K: the same sum with the
+    Forward, row h * S + i of the padded inputs meets row h of the outputs.  Backward, row q * S + d of the padded
+    inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the
     window's taps in reverse, once for each remainder of the rows and of the columns.  Row h * S + a of the inputs
     themselves is row h * S + a + P of the padded ones: q is h plus a few rows.  The planes of out_grad get a frame of
     zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv.
@@ -503,9 +505,9 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
         return in_grad    # float32 would be too coarse
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
-    x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)    # as the sums are, and so is
+    x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
     _split(planes, batch * out_channels, out_height, out_width, frame, one, one, rows, columns, x)
-    typed = np.empty(len(weights), dtype=in_grad.dtype)
+    typed = np.empty(len(weights), dtype=in_grad.dtype)    # planes and weights in the dtype of the sums
     for p in range(len(weights)):
         typed[p] = weights[p]
     for place in range(S * S):
@@ -890,7 +892,10 @@ class ConvolutionLayer(_Parameters):
     @staticmethod
     @kernel
     def _conv_back(out_grad, in_grad, weight, kernel_size, stride):
-        """Add the gradient of the padded inputs to in_grad and return it."""
+        """Add the gradient of the padded inputs to in_grad and return it.
+
+        backward calls _gradient_of_inputs itself: the frame, which it would cut off, is a third of a 14x14 plane.
+        """
         return _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, np.int64(0))
 
 

@@ -29,15 +29,16 @@ CHANNELS = {'3': '3', '64': '4', '128': '5', '256': '6', '512': '8', '4096': '32
 if handout.is_handout(PROJECT):
     pytest.skip('a hand-out does not know what is right', allow_module_level=True)
 
-# The shipped layer.py under its own name, so that its loops are compiled once for all.
+# The shipped layer.py under its own name, so that its loops are compiled once for all; with the handbook's backward,
+# which calls _conv_back.
 SHIPPED = '''
 import os
 import numpy as np
 from numba import jit
 formula = jit(nopython=True)
 with open({path!r}, encoding='utf-8') as file:
-    exec(compile(file.read(), {path!r}, 'exec'))
-'''.format(path=os.path.join(PROJECT, 'layer.py'))
+    exec(compile(file.read().replace({ours!r}, {handbooks!r}), {path!r}, 'exec'))
+'''.format(path=os.path.join(PROJECT, 'layer.py'), ours=handout.WITHOUT_FRAME, handbooks=handout.WITH_FRAME)
 
 
 def tiny(source):

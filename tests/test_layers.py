@@ -36,7 +36,8 @@ CONVOLUTIONS = [
 # beyond the last group and the last block of groups, rows longer than a band, other paddings.
 MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 33, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
                  (3, 36, 34, 22, 25, 3, 2, 1), (1, 32, 33, 21, 530, 3, 1, 1), (1, 35, 32, 300, 21, 3, 3, 1),
-                 (2, 130, 250, 16, 17, 3, 1, 1), (1, 260, 264, 16, 17, 3, 1, 1), (0, 32, 32, 20, 20, 3, 1, 1)]
+                 (2, 130, 250, 16, 17, 3, 1, 1), (1, 260, 264, 16, 17, 3, 1, 1), (1, 32, 36, 14, 15, 3, 1, 1),
+                 (0, 32, 32, 20, 20, 3, 1, 1)]
 # batch, channels, height, width, kernel_size, stride
 POOLINGS = [(1, 1, 2, 2, 2, 2), (2, 3, 8, 6, 2, 2), (1, 2, 7, 9, 2, 2), (2, 2, 9, 9, 3, 2), (1, 3, 8, 40, 3, 1),
             (1, 2, 11, 10, 2, 3), (3, 1, 5, 5, 5, 5), (1, 4, 6, 6, 1, 1), (0, 2, 4, 4, 2, 2)]
@@ -131,7 +132,7 @@ def test_convolution_of_many_channels_is_the_formula(case, dtype):
 @backward_stage
 @pytest.mark.parametrize('case', MANY_CHANNELS)
 def test_convolution_gradient_of_many_channels_is_the_formula(case):
-    """Added to what is there, as the formula adds it."""
+    """Added to what is there, as the formula adds it; and by itself, where the layer leaves out the frame."""
     layer, inputs, inputs_pad = convolution(case)
     out_grad = numbers(*layer.forward(inputs).shape, seed=1)
     there = numbers(*inputs_pad.shape, seed=2)
@@ -139,6 +140,10 @@ def test_convolution_gradient_of_many_channels_is_the_formula(case):
     in_grad = ConvolutionLayer._conv_back(out_grad, there.copy(), layer.weight, 3, 1)
     np.testing.assert_allclose(in_grad, expected, rtol=1e-11, atol=1e-12)
     assert len(inputs) == 0 or (in_grad != expected).any()
+    expected = textbook.conv_back(out_grad, np.zeros_like(there), layer.weight, 3, 1)
+    P, (height, width) = layer.padding, inputs.shape[2:]
+    np.testing.assert_allclose(layer.backward(out_grad), expected[:, :, P:P + height, P:P + width], rtol=1e-11,
+                               atol=1e-12)
 
 
 @backward_stage
