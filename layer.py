@@ -242,7 +242,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
     at to + i * by in y.  inputs_of(each) and outputs_of(each) make the function: where each is not 1, the numbers of a
-    tile lie beside each other in a plane, x_i of tile p (or y_i, for outputs) is i + p * each numbers from the start.
+    tile lie beside each other in a plane: x_i of tile p (or y_i, for outputs) is i + p * each numbers from the start,
+    whatever apart (or by) is.
 
     Returns a compiled function; the arguments are constants in it.  Its work, for one band of tiles after the other, so
     that the numbers are still in a cache for the next step:
@@ -493,7 +494,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the
     window's taps in reverse, once for each remainder of the rows and of the columns.  Row h * S + a of the inputs
     themselves is row h * S + a + P of the padded ones: q is h plus a few rows.  The planes of out_grad get a frame of
-    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv.
+    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv, but only
+    in float64: for float32 tiles of 4x4 would be too coarse.
     """
     batch, out_channels, out_height, out_width = out_grad.shape
     in_channels, height, width = in_grad.shape[1:]
@@ -502,7 +504,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
     if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
         _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
-        return in_grad    # float32 would be too coarse
+        return in_grad
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
     x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
