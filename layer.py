@@ -74,11 +74,14 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     The innermost loop of a convolution takes four taps.  Each x that is read serves four output channels, a to d, each
     sum that is read and written serves four taps: 16 multiply-adds for 8 loads and 4 stores, and nearly all of it
     fits into the 16 vector registers that a processor has at least.  The loops over positions are while loops, and
-    the indices unsigned, because older compilers do not take several positions at a time otherwise.
+    the indices unsigned, because older compilers do not take several positions at a time otherwise.  They run over
+    whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
+    registers for both, or in memory.
     """
+    one, sixteen, fours = np.uint64(1), np.uint64(16), len(reads) // 4 * 4
+    end = np.uint64(length) // sixteen * sixteen
     start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
-    end, one, fours = np.uint64(length), np.uint64(1), len(reads) // 4 * 4
     for t in range(0, fours, 4):
         q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
         q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
@@ -106,6 +109,13 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
             acc[p + C] = acc[p + C] + c * x[r + p]
             acc[p + D] = acc[p + D] + d * x[r + p]
             p += one
+    for t in range(len(reads)):    # and of the positions
+        q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
+        for p in range(end, np.uint64(length)):
+            acc[p] += weight[q] * x[r + p]
+            acc[p + B] += weight[q + w1] * x[r + p]
+            acc[p + C] += weight[q + w2] * x[r + p]
+            acc[p + D] += weight[q + w3] * x[r + p]
 
 
 @inner
