@@ -78,8 +78,8 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
     registers for both, or in memory.
     """
-    one, sixteen, fours = np.uint64(1), np.uint64(16), len(reads) // 4 * 4
-    end = np.uint64(length) // sixteen * sixteen
+    one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 4 * 4
+    end = np.uint64(length) // lanes * lanes
     start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
     for t in range(0, fours, 4):
@@ -131,12 +131,19 @@ def _copy(out, to, x, start, step, length):
 
 
 @inner
+def _whole_vectors(length, x):
+    """length, rounded up to a multiple of what the widest vector holds: 16 float32 or 8 float64."""
+    lanes = 64 // x.itemsize
+    return (length + lanes - 1) // lanes * lanes
+
+
+@inner
 def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, kind, channel, picks, bias, out, height,
                    width, top, left, step, add):
     """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
-    if start + furthest + (length + 15) // 16 * 16 <= len(x):
-        length = (length + 15) // 16 * 16    # spares the compiler's loop over what is left; the last plane has no room
+    if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane has no room
+        length = _whole_vectors(length, x)
     mine = min(GROUP, out.shape[1] - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
     y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
@@ -179,7 +186,7 @@ def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, he
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
-    band = ((positions + bands - 1) // bands + 15) // 16 * 16
+    band = _whole_vectors((positions + bands - 1) // bands, x)
     groups = (out.shape[1] + GROUP - 1) // GROUP
     furthest = reads[0]
     for t in range(len(reads)):
@@ -355,7 +362,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         tiles = (out_height + tile - 1) // tile * across
         line = min(TILES, (planes + channels) * 8 // out.itemsize)    # at most; found by trying
         bands = (tiles + line - 1) // line
-        line = ((tiles + bands - 1) // bands + 15) // 16 * 16
+        line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
         sheet = planes * line + 16    # no power of two, as above
         block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # 8 MB; more is not faster
