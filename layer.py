@@ -274,7 +274,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
     argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
 
-    `back` turns the windows round, lets the inputs be what the weight calls outputs, and adds to what is there.
+    `back` turns the windows round and lets the inputs be what the weight calls outputs.
     """
     spread_down, spread_across = inputs_of(1), inputs_of(tile)
     gather_down, gather_across = outputs_of(1), outputs_of(tile)
@@ -326,10 +326,10 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     @inner(of=tile)
     def put_row(out, to, row, length, bias):
-        """out[to + p] = row[p] + bias, or is increased by it."""
+        """out[to + p] = row[p] + bias."""
         to = np.uint64(to)
         for p in range(np.uint64(length)):
-            out[to + p] = (out[to + p] + row[p] if back else row[p]) + bias
+            out[to + p] = row[p] + bias
 
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
@@ -505,7 +505,7 @@ def _winograd_pays(in_channels, out_channels, out_height, out_width):
 
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
-    """Add the gradient of a convolution's inputs to in_grad and return it.
+    """Fill in_grad with the gradient of a convolution's inputs and return it.
 
     Forward, row h * S + i of the padded inputs meets row h of the outputs.  Backward, row q * S + d of the padded
     inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the
@@ -522,6 +522,9 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
         _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
         return in_grad
+    numbers = in_grad.reshape(-1)
+    for p in range(len(numbers)):
+        numbers[p] = 0
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
     x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
@@ -872,7 +875,7 @@ class ConvolutionLayer(_Parameters):
         """
         batch, channels, height, width = _after_forward(self.input_shape)
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
-        in_grad = np.zeros((batch, channels, height, width))
+        in_grad = np.empty((batch, channels, height, width))
         return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
                                    self.padding)
 
@@ -915,7 +918,15 @@ class ConvolutionLayer(_Parameters):
 
         backward calls _gradient_of_inputs itself: the frame, which it would cut off, is a third of a 14x14 plane.
         """
-        return _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, np.int64(0))
+        batch, in_channels, height, width = in_grad.shape
+        more = np.empty(in_grad.shape, dtype=in_grad.dtype)
+        _gradient_of_inputs(out_grad, more, weight, kernel_size, stride, np.int64(0))
+        for n in range(batch):
+            for k in range(in_channels):
+                for h in range(height):
+                    for w in range(width):
+                        in_grad[n, k, h, w] += more[n, k, h, w]
+        return in_grad
 
 
 class MaxPoolLayer(object):

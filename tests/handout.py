@@ -64,7 +64,7 @@ TODO = {
 }
 # ConvolutionLayer.backward goes without the frame that is cut off in the end; in the handbook's listing it is there.
 WITHOUT_FRAME = '''\
-        in_grad = np.zeros((batch, channels, height, width))
+        in_grad = np.empty((batch, channels, height, width))
         return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
                                    self.padding)
 '''
