@@ -31,6 +31,7 @@ SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
 ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 LANES = 512          # partial sums of a dot product
+ASIDE = LANES + 16   # between those of two dot products: again no power of two
 COLUMNS = 8192       # of a fully connected layer's input gradient that one job covers, at most
 
 
@@ -570,11 +571,18 @@ def _take_larger(best, index, numbers, candidate):
 # ------------------------------------------------------------------------------------ fully connected loops
 
 @inner
-def _add_products(acc, length, x, r, w, q):
-    """acc[p] += x[r + p] * w[q + p] for p < length."""
-    r, q = np.uint64(r), np.uint64(q)
+def _add_products(acc, length, x, r, w, a, b, c, d):
+    """acc[0][p] += x[r + p] * w[a + p] for p < length, and acc[1] to acc[3] alike from b, c and d on.
+
+    Memory hands out four rows that are read at once faster than one after the other.
+    """
+    r, a, b, c, d = np.uint64(r), np.uint64(a), np.uint64(b), np.uint64(c), np.uint64(d)
+    B, C, D = np.uint64(ASIDE), np.uint64(2 * ASIDE), np.uint64(3 * ASIDE)
     for p in range(np.uint64(length)):
-        acc[p] = acc[p] + x[r + p] * w[q + p]
+        acc[p] = acc[p] + x[r + p] * w[a + p]
+        acc[p + B] = acc[p + B] + x[r + p] * w[b + p]
+        acc[p + C] = acc[p + C] + x[r + p] * w[c + p]
+        acc[p + D] = acc[p + D] + x[r + p] * w[d + p]
 
 
 @inner
@@ -599,20 +607,25 @@ def _fully_connect(inputs, outputs, weight, bias):
     halves.  Always the same sums in the same tree.
     """
     batch, features = inputs.shape
+    rows = outputs.shape[1]
     x, w = inputs.reshape(-1), weight.reshape(-1)
-    for o in prange(outputs.shape[1]):
-        acc = np.empty(LANES, dtype=outputs.dtype)
+    for job in prange((rows + 3) // 4):
+        first = np.int64(job) * 4
+        a, b, c, d = first, min(first + 1, rows - 1), min(first + 2, rows - 1), min(first + 3, rows - 1)
+        acc = np.empty(4 * ASIDE, dtype=outputs.dtype)
         for n in range(batch):
-            for p in range(LANES):
+            for p in range(4 * ASIDE):
                 acc[p] = 0
             for i in range(0, features, LANES):
-                _add_products(acc, min(LANES, features - i), x, n * features + i, w, o * features + i)
-            half = LANES // 2
-            while half > 0:
-                for p in range(half):
-                    acc[p] += acc[p + half]
-                half //= 2
-            outputs[n, o] = acc[0] + bias[o]
+                _add_products(acc, min(LANES, features - i), x, n * features + i, w, a * features + i,
+                              b * features + i, c * features + i, d * features + i)
+            for o in range(first, d + 1):
+                sums, half = acc[(o - first) * ASIDE:], LANES // 2
+                while half > 0:
+                    for p in range(half):
+                        sums[p] += sums[p + half]
+                    half //= 2
+                outputs[n, o] = sums[0] + bias[o]
 
 
 @kernel(parallel=True)
