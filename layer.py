@@ -861,8 +861,10 @@ class ConvolutionLayer(_Parameters):
         self.input_shape = inputs.shape
         self.output_shape = (batch, self.out_channels, out_height, out_width)
 
-        inputs_pad = np.empty((batch, channels, pad_height, pad_width), dtype=inputs.dtype)
-        _pad(inputs, self.padding, inputs_pad)
+        inputs_pad = inputs
+        if self.padding > 0:
+            inputs_pad = np.empty((batch, channels, pad_height, pad_width), dtype=inputs.dtype)
+            _pad(inputs, self.padding, inputs_pad)
         outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
         weight, bias = self._typed(inputs.dtype)
         return self._conv(inputs_pad, outputs, weight, bias, self.kernel_size, self.stride)
