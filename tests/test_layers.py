@@ -256,6 +256,9 @@ def test_static_methods_can_be_called_as_the_handbook_does():
     in_grad = np.zeros(inputs_pad.shape)
     expected = textbook.conv_back(outputs, in_grad.copy(), layer.weight, 3, 2)
     np.testing.assert_array_equal(ConvolutionLayer._conv_back(outputs, in_grad, layer.weight, 3, 2), expected)
+    there = numbers(*inputs_pad.shape, seed=1)    # it adds to what is there, as the formula does
+    in_grad = ConvolutionLayer._conv_back(outputs, there.copy(), layer.weight, 3, 2)
+    np.testing.assert_allclose(in_grad, there + expected, rtol=1e-12, atol=1e-12)
 
 
 @backward_stage
