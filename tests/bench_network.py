@@ -94,8 +94,11 @@ def layer_table(model, x, repeats):
 WINDOWS = ((3, 1), (1, 1), (5, 1), (7, 1), (3, 2), (1, 2), (7, 2))    # (kernel_size, stride), VGG16's own first
 
 
-def window_table(repeats, channels=128, side=56):
-    """Lines of text: nanoseconds a thousand multiply-adds take with each window, and how many times VGG16's own."""
+def window_table(repeats, end='', channels=128, side=56):
+    """Lines of text: nanoseconds a thousand multiply-adds take with each window, and how many times VGG16's own.
+
+    `end` is put behind the first line.
+    """
     rng, works, operations = np.random.RandomState(0), {}, {}
     x = rng.normal(0, 1, (1, channels, side, side)).astype(np.float32)
     for K, S in WINDOWS:
@@ -108,7 +111,7 @@ def window_table(repeats, channels=128, side=56):
     say('other windows and strides')
     in_turns(works, 1)
     each = {key: 1e9 * np.median(times) / operations[key[:2]] for key, times in in_turns(works, repeats).items()}
-    lines = ['%-15s %9s %9s   %9s %9s' % ('ns / 1000 MACs', 'forward', 'to 3, 1', 'backward', 'to 3, 1')]
+    lines = ['%-15s %9s %9s   %9s %9s%s' % ('ns / 1000 MACs', 'forward', 'to 3, 1', 'backward', 'to 3, 1', end)]
     for K, S in WINDOWS:
         cells = ['K = %d, S = %d' % (K, S)]
         for way in ('forward', 'backward'):
@@ -254,9 +257,11 @@ def report(repeats, ckpt):
     except RuntimeError as error:
         processes = '         main.py is left out: %s' % error
     model, x = random_network()
-    whole, layers, windows = [], layer_table(model, x, repeats), window_table(repeats)
+    whole, layers = [], layer_table(model, x, repeats)
     if torch:
         whole.append(passes(model, x, repeats, all_rows=False))
     # as main.py does, and last: it cannot be undone
-    whole.append(passes(model, x, repeats, ', memory kept' if memory.keep_what_is_freed() else ''))
+    kept = ', memory kept' if memory.keep_what_is_freed() else ''
+    whole.append(passes(model, x, repeats, kept))
+    windows = window_table(repeats, kept)
     print('%s\n%s\n\n%s\n\n%s' % ('\n'.join(whole), processes, layers, windows))
