@@ -140,10 +140,10 @@ def _whole_vectors(length, x):
 
 @inner
 def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, kind, channel, picks, bias, out, height,
-                   width, top, left, step, add):
+                   width, top, left, step):
     """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
-    if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane has no room
+    if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane may have no room for what is dropped
         length = _whole_vectors(length, x)
     mine = min(GROUP, out.shape[1] - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
@@ -157,15 +157,15 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, ki
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
             line, shift = out[n, g * GROUP + c, top + h * step], c * PITCH + h * row - first
-            if add:
-                for w in range(begin, end):
-                    line[left + w * step] += acc[shift + w]
-            else:
+            if step == 1:
                 _copy(line, left + begin, acc, shift + begin, 1, end - begin)
+            else:
+                for w in range(begin, end):
+                    line[left + w * step] = acc[shift + w]
 
 
 @inner(parallel=True)
-def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, height, width, top, left, step, add):
+def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, height, width, top, left, step):
     """The sum at the heart of both directions of a convolution.
 
     For every image n, channel c, row h < height and column w < width
@@ -174,9 +174,8 @@ def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, he
             = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
                                          * x[n * image + reads[t] + h * row + w]
 
-    or is increased by it, if add; without add, step is 1.  A tap is one term of the formula's triple sum: which
-    number of the planes it reads, and which weight it picks; kind is 0 but for _winograd_by, where each image has
-    weights of its own.
+    A tap is one term of the formula's triple sum: which number of the planes it reads, and which weight it picks; kind
+    is 0 but for _winograd_by, where each image has weights of its own.
 
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
@@ -196,7 +195,7 @@ def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, he
         job = np.int64(index)    # a prange counts in uint64, and numba would compile the job for both
         n, first, g = job // groups // bands, job // groups % bands * band, job % groups
         _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, weight, kind, channel, picks,
-                       bias, out, height, width, top, left, step, add)
+                       bias, out, height, width, top, left, step)
 
 
 @inner
@@ -387,7 +386,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                        x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
                        weight, channels, top, mine if back else planes, pitch, packed)
                 _correlate(v, sheet, line, reads, packed, rows * pitch, one if back else pitch, picks, nothing,
-                           sums.reshape((products, mine, 1, line)), one, length, zero, zero, one, np.bool_(False))
+                           sums.reshape((products, mine, 1, line)), one, length, zero, zero, one)
                 gather(sums, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
@@ -523,7 +522,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
         _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
         return in_grad
-    numbers = in_grad.reshape(-1)
+    numbers = in_grad.reshape(-1)    # some of which no window may have read
     for p in range(len(numbers)):
         numbers[p] = 0
     frame = (K - 1) // S
@@ -548,7 +547,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
         _correlate(x, out_channels * rows * columns, columns, reads, typed, np.int64(0), K * K, picks, nothing, in_grad,
-                   high, broad, a, b, S, np.bool_(True))
+                   high, broad, a, b, S)
     return in_grad
 
 
@@ -572,7 +571,7 @@ def _take_larger(best, index, numbers, candidate):
 
 @inner
 def _add_products(acc, length, x, r, w, a, b, c, d):
-    """acc[0][p] += x[r + p] * w[a + p] for p < length, and acc[1] to acc[3] alike from b, c and d on.
+    """acc[p] += x[r + p] * w[a + p] for p < length; ASIDE further on with b in place of a, then with c, then with d.
 
     Memory hands out four rows that are read at once faster than one after the other.
     """
@@ -604,7 +603,7 @@ def _fully_connect(inputs, outputs, weight, bias):
     """outputs[n, o] = bias[o] + sum over i of weight[o, i] * inputs[n, i].
 
     LANES partial sums run side by side, as no processor adds fast to one number; in the end they are folded in
-    halves.  Always the same sums in the same tree.
+    halves.  Always the same sums in the same tree.  A job takes four rows of the weight; past the last, again that one.
     """
     batch, features = inputs.shape
     rows = outputs.shape[1]
@@ -923,7 +922,7 @@ class ConvolutionLayer(_Parameters):
             planes, x = x, np.empty(batch * in_channels * used * used * rows * columns, dtype=inputs_pad.dtype)
             _split(planes, batch * in_channels, height, width, np.int64(0), S, used, rows, columns, x)
         _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, np.int64(0), taps, picks,
-                   bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1), np.bool_(False))
+                   bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1))
         return outputs
 
     @staticmethod
