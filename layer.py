@@ -69,7 +69,7 @@ def inner(function=None, parallel=False, of=''):
 # ---------------------------------------------------------------------------------------- convolution loops
 
 @inner
-def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
+def _add_taps(acc, part, apart, length, x, start, reads, weight, first, picks, w1, w2, w3):
     """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t, for four channels c.
 
     The innermost loop of a convolution takes four taps.  Each x that is read serves four output channels, a to d, each
@@ -79,7 +79,8 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
     registers for both, or in memory.
     """
-    one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 4 * 4
+    one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
+    fours = len(reads) // 8 * 8 if apart else len(reads) // 4 * 4
     end = np.uint64(length) // lanes * lanes
     start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
@@ -93,13 +94,30 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
         c0, c1, c2, c3 = weight[q0 + w2], weight[q1 + w2], weight[q2 + w2], weight[q3 + w2]
         d0, d1, d2, d3 = weight[q0 + w3], weight[q1 + w3], weight[q2 + w3], weight[q3 + w3]
         p = np.uint64(0)
-        while p < end:
-            x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-            acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-            acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-            acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-            acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-            p += one
+        if not apart:
+            while p < end:
+                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+                acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+                acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+                acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+                p += one
+        elif t % 8 == 0:
+            while p < end:
+                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+                part[p] = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                part[p + B] = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+                part[p + C] = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+                part[p + D] = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+                p += one
+        else:
+            while p < end:
+                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+                acc[p] = acc[p] + (part[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3)
+                acc[p + B] = acc[p + B] + (part[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3)
+                acc[p + C] = acc[p + C] + (part[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)
+                acc[p + D] = acc[p + D] + (part[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3)
+                p += one
     for t in range(fours, len(reads)):    # what is left over when the number of taps is no multiple of four
         q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
         a, b, c, d = weight[q], weight[q + w1], weight[q + w2], weight[q + w3]
@@ -139,7 +157,7 @@ def _whole_vectors(length, x):
 
 
 @inner
-def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, kind, channel, picks, bias, out, height,
+def _correlate_job(n, first, band, g, x, start, row, reads, furthest, apart, weight, kind, channel, picks, bias, out, height,
                    width, top, left, step):
     """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
@@ -151,8 +169,9 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, ki
     acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)    # for a constant numba would compile np.empty once more
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
-    _add_taps(acc, length, x, start, reads, weight, n * kind + a * channel, picks, (b - a) * channel, (c - a) * channel,
-              (d - a) * channel)
+    part = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
+    _add_taps(acc, part, apart, length, x, start, reads, weight, n * kind + a * channel, picks, (b - a) * channel,
+              (c - a) * channel, (d - a) * channel)
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
@@ -165,7 +184,7 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, weight, ki
 
 
 @inner(parallel=True)
-def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, height, width, top, left, step):
+def _correlate(x, image, row, reads, apart, weight, kind, channel, picks, bias, out, height, width, top, left, step):
     """The sum at the heart of both directions of a convolution.
 
     For every image n, channel c, row h < height and column w < width
@@ -194,7 +213,7 @@ def _correlate(x, image, row, reads, weight, kind, channel, picks, bias, out, he
     for index in prange(len(out) * bands * groups):
         job = np.int64(index)    # a prange counts in uint64, and numba would compile the job for both
         n, first, g = job // groups // bands, job // groups % bands * band, job % groups
-        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, weight, kind, channel, picks,
+        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, apart, weight, kind, channel, picks,
                        bias, out, height, width, top, left, step)
 
 
@@ -229,15 +248,6 @@ def _split(x, planes, height, width, frame, step, used, rows, columns, parts):
                          (plane * height + y) * width, width if 0 <= y < height else 0, j - frame, step)
 
 
-@kernel
-def _pad(planes, padding, out):
-    """out (N, C, H + 2P, W + 2P) = planes (N, C, H, W) with P rows and columns of zeros around each plane."""
-    batch, channels, height, width = planes.shape
-    one = np.int64(1)    # numba would compile once more for a plain int
-    _split(planes.reshape(-1), batch * channels, height, width, np.int64(padding), one, one, height + 2 * padding,
-           width + 2 * padding, out.reshape(-1))
-
-
 # --------------------------------------------------------------------- convolution with fewer multiplications
 
 def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
@@ -251,10 +261,13 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         X2 = x2 - x1      W2 = (w0 + w2 - w1) / 2
         X3 = x1 - x3      W3 = w2
 
-    In a plane the step is taken down and across: a tile of 4x4 numbers, 16 products, 2x2 outputs, and 2.25 times fewer
-    multiplications.  Four outputs read six numbers and take six products in place of twelve, in a plane 36 in place of
-    144.  Their sums have factors up to 8, which cost accuracy: float64 has plenty, but in float32 the errors would be
-    larger than the formula's own.  So tiles of 2x2 outputs forward, of 4x4 backward.
+    Longer lines save more: three outputs take five products in place of nine, four take six in place of twelve.  In a
+    plane the step is taken down and across: for 4x4 outputs 36 products in place of 144.
+
+    The longer the line, the larger the factors in such sums, and the more of each product's rounding error is left in
+    the outputs.  float64 has plenty of digits: backward takes tiles of 4x4 outputs.  Forward, in float32, takes 3x3,
+    makes the sums before and after the products in float64, and lets _correlate add up eight products at a time: from
+    64 input channels on its errors are then smaller than those of the formula, which adds one product after the other.
     (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 
     The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
@@ -283,7 +296,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, sheet, v):
         """v[(i * side + j) * sheet + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
         size = np.int64(SIDE * ROW)
-        a, b = np.empty(size, dtype=v.dtype), np.empty(size, dtype=v.dtype)
+        a, b = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.float64)
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
             columns = (end - begin) * tile + side - tile
@@ -300,7 +313,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     def spread_weights(row, weight, first, count, side, rows, pitch, packed):
         """packed[((i * side + j) * rows + row) * pitch + q] = what product (i, j) takes of the window first + q."""
         size = np.int64(SIDE * SIDE * LINE)
-        a, b = np.empty(size, dtype=packed.dtype), np.empty(size, dtype=packed.dtype)
+        a, b = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.float64)
         for q in range(0, count, TILES):
             length = min(TILES, count - q)
             for t in range(9):
@@ -334,7 +347,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
         """The outputs of one channel, of its sums m[(i * side + j) * channels + o], a line each."""
-        b, row = np.empty(np.int64(SIDE * SIDE * LINE), dtype=m.dtype), np.empty(np.int64(ROW), dtype=m.dtype)
+        b, row = np.empty(np.int64(SIDE * SIDE * LINE), dtype=np.float64), np.empty(np.int64(ROW), dtype=np.float64)
         for j in range(side):
             gather_down(b, j * SIDE * LINE, np.int64(LINE), m, (j * channels + o) * line, side * channels * line,
                         length)
@@ -385,54 +398,58 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread(planes, rows, rows if index == 0 or block < channels else zero,
                        x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
                        weight, channels, top, mine if back else planes, pitch, packed)
-                _correlate(v, sheet, line, reads, packed, rows * pitch, one if back else pitch, picks, nothing,
+                _correlate(v, sheet, line, reads, out.itemsize == 4, packed, rows * pitch, one if back else pitch, picks, nothing,
                            sums.reshape((products, mine, 1, line)), one, length, zero, zero, one)
                 gather(sums, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
 
 
-def _two_inputs(each):
-    """X0 to X3 of x0 to x3."""
+def _three_inputs(each):
+    """What five products take of five inputs."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
-        to, start, apart = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
-        n, s2, s3, t1 = np.uint64(each), np.uint64(2) * apart, np.uint64(3) * apart, np.uint64(by)
-        t2, t3 = np.uint64(2) * t1, np.uint64(3) * t1
+        to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
+        n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
+        t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
         for p in range(np.uint64(length)):
-            x0, x1 = x[start + p * n], x[start + apart + p * n]
-            x2, x3 = x[start + s2 + p * n], x[start + s3 + p * n]
-            y[to + p] = x0 - x2
-            y[to + t1 + p] = x1 + x2
-            y[to + t2 + p] = x2 - x1
-            y[to + t3 + p] = x1 - x3
+            x0, x1, x2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
+            x3, x4 = x[start + s3 + p * n], x[start + s4 + p * n]
+            y[to + p] = x0 - x3 + 1.5 * (x1 - x2)
+            y[to + t1 + p] = x1 + x3 + 2.5 * x2
+            y[to + t2 + p] = x2 + x3 - 2 * x1
+            y[to + t3 + p] = x3 - 0.5 * (x1 + x2)
+            y[to + t4 + p] = x4 - x1 + 1.5 * (x3 - x2)
     return step
 
 
 @inner
-def _two_weights(y, to, by, x, start, apart, length):
-    """W0 to W3 of w0 to w2."""
-    to, start, half = np.uint64(to), np.uint64(start), x.dtype.type(0.5)
-    s1, s2 = np.uint64(apart), np.uint64(2 * apart)
-    t1, t2, t3 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by)
+def _three_weights(y, to, by, x, start, apart, length):
+    """What five products take of three weights."""
+    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(apart), np.uint64(2 * apart)
+    t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
     for p in range(np.uint64(length)):
         w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
         y[to + p] = w0
-        y[to + t1 + p] = (w0 + w2 + w1) * half
-        y[to + t2 + p] = (w0 + w2 - w1) * half
-        y[to + t3 + p] = w2
+        y[to + t1 + p] = (w0 + w1 + w2) * (2 / 9)
+        y[to + t2 + p] = (4 * w0 - 2 * w1 + w2) * (2 / 9)
+        y[to + t3 + p] = (w0 - 2 * w1 + 4 * w2) * (-1 / 9)
+        y[to + t4 + p] = w2
 
 
-def _two_outputs(each):
-    """y0 and y1 of m0 to m3."""
+def _three_outputs(each):
+    """Three outputs of five products."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
-        to, start, n, t1 = np.uint64(to), np.uint64(start), np.uint64(each), np.uint64(by if each == 1 else 1)
-        s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
+        to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
+        s1, s2, s3, s4 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart), np.uint64(4 * apart)
+        t1, t2 = np.uint64(by if each == 1 else 1), np.uint64(2) * np.uint64(by if each == 1 else 1)
         for p in range(np.uint64(length)):
-            m0, m1, m2, m3 = x[start + p], x[start + s1 + p], x[start + s2 + p], x[start + s3 + p]
-            y[to + p * n] = m0 + m1 + m2
-            y[to + t1 + p * n] = m1 - m2 - m3
+            m0, m1, m2 = np.float64(x[start + p]), np.float64(x[start + s1 + p]), np.float64(x[start + s2 + p])
+            m3, m4 = np.float64(x[start + s3 + p]), np.float64(x[start + s4 + p])
+            y[to + p * n] = m0 + m1 + m2 + m3
+            y[to + t1 + p * n] = m1 - 0.5 * m2 - 2 * m3
+            y[to + t2 + p * n] = m1 + 0.25 * m2 + 4 * m3 + m4
     return step
 
 
@@ -447,13 +464,14 @@ def _four_inputs(each):
         for p in range(np.uint64(length)):
             x0, x1, x2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
             x3, x4, x5 = x[start + s3 + p * n], x[start + s4 + p * n], x[start + s5 + p * n]
-            a, b, c, d = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, x3 - x1
-            y[to + p] = x4 + 4 * x0 - 5 * x2
+            a, b = x4 - 4 / 9 * x2, (x3 - 4 / 9 * x1) * (3 / 2)
+            c, d = x4 - 9 / 4 * x2, (x3 - 9 / 4 * x1) * (2 / 3)
+            y[to + p] = x0 + x4 - 97 / 36 * x2
             y[to + t1 + p] = a + b
             y[to + t2 + p] = a - b
-            y[to + t3 + p] = c + 2 * d
-            y[to + t4 + p] = c - 2 * d
-            y[to + t5 + p] = x5 + 4 * x1 - 5 * x3
+            y[to + t3 + p] = c + d
+            y[to + t4 + p] = c - d
+            y[to + t5 + p] = x1 + x5 - 97 / 36 * x3
     return step
 
 
@@ -464,11 +482,11 @@ def _four_weights(y, to, by, x, start, apart, length):
     t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
     for p in range(np.uint64(length)):
         w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        y[to + p] = w0 * (1 / 4)
-        y[to + t1 + p] = (w0 + w2 + w1) * (-1 / 6)
-        y[to + t2 + p] = (w0 + w2 - w1) * (-1 / 6)
-        y[to + t3 + p] = (w0 + 4 * w2 + 2 * w1) * (1 / 24)
-        y[to + t4 + p] = (w0 + 4 * w2 - 2 * w1) * (1 / 24)
+        y[to + p] = w0
+        y[to + t1 + p] = (4 * w0 + 9 * w2 + 6 * w1) * (2 / 65)
+        y[to + t2 + p] = (4 * w0 + 9 * w2 - 6 * w1) * (2 / 65)
+        y[to + t3 + p] = (9 * w0 + 4 * w2 + 6 * w1) * (-9 / 130)
+        y[to + t4 + p] = (9 * w0 + 4 * w2 - 6 * w1) * (-9 / 130)
         y[to + t5 + p] = w2
 
 
@@ -481,17 +499,17 @@ def _four_outputs(each):
         s4, s5, t1 = np.uint64(4 * apart), np.uint64(5 * apart), np.uint64(by if each == 1 else 1)
         t2, t3 = np.uint64(2) * t1, np.uint64(3) * t1
         for p in range(np.uint64(length)):
-            m0, m1, m2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-            m3, m4, m5 = x[start + s3 + p], x[start + s4 + p], x[start + s5 + p]
+            m0, m1, m2 = np.float64(x[start + p]), np.float64(x[start + s1 + p]), np.float64(x[start + s2 + p])
+            m3, m4, m5 = np.float64(x[start + s3 + p]), np.float64(x[start + s4 + p]), np.float64(x[start + s5 + p])
             a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
             y[to + p * n] = m0 + a + c
-            y[to + t1 + p * n] = b + 2 * d
-            y[to + t2 + p * n] = a + 4 * c
-            y[to + t3 + p * n] = b + 8 * d + m5
+            y[to + t1 + p * n] = 3 / 2 * b + 2 / 3 * d
+            y[to + t2 + p * n] = 9 / 4 * a + 4 / 9 * c
+            y[to + t3 + p * n] = 27 / 8 * b + 8 / 27 * d + m5
     return step
 
 
-_winograd_two = _winograd_by(2, False, _two_inputs, _two_weights, _two_outputs)
+_winograd_three = _winograd_by(3, False, _three_inputs, _three_weights, _three_outputs)
 _winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_outputs)
 
 
@@ -501,7 +519,38 @@ def _winograd_pays(in_channels, out_channels, out_height, out_width):
     return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 14
 
 
-# ----------------------------------------------------------------------------------- convolution, the way back
+# --------------------------------------------------------------------------------------- convolution, both ways
+
+@kernel
+def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, padding):
+    """Fill outputs with the convolution of inputs, in a frame of `padding` zeros, and return them.
+
+    The window's taps are the formula's terms in its order, k, i, j.  Windows of 3x3 over many channels take Winograd's
+    way.
+    """
+    batch, in_channels, height, width = inputs.shape
+    out_channels, out_height, out_width = outputs.shape[1:]
+    K, S, P = kernel_size, stride, padding
+    x, weights = np.ascontiguousarray(inputs).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
+    precise = in_channels >= 64 or outputs.itemsize == 8
+    if K == 3 and S == 1 and precise and _winograd_pays(in_channels, out_channels, out_height, out_width):
+        _winograd_three(x, height, width, P, weights, bias, outputs)
+        return outputs
+    used, rows, columns = min(S, K), (height + 2 * P + S - 1) // S, (width + 2 * P + S - 1) // S
+    if S > 1 or P > 0:
+        planes, x = x, np.empty(batch * in_channels * used * used * rows * columns, dtype=inputs.dtype)
+        _split(planes, batch * in_channels, height, width, P, S, used, rows, columns, x)
+    taps = in_channels * K * K
+    reads, picks = np.empty(taps, dtype=np.int64), np.empty(taps, dtype=np.int64)
+    for t in range(taps):
+        k, i, j = t // K // K, t // K % K, t % K
+        part = (k * used + i % S) * used + j % S
+        reads[t] = (part * rows + i // S) * columns + j // S
+        picks[t] = t
+    _correlate(x, in_channels * used * used * rows * columns, columns, reads, False, weights, np.int64(0), taps, picks,
+               bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1))
+    return outputs
+
 
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
@@ -546,7 +595,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
-        _correlate(x, out_channels * rows * columns, columns, reads, typed, np.int64(0), K * K, picks, nothing, in_grad,
+        _correlate(x, out_channels * rows * columns, columns, reads, False, typed, np.int64(0), K * K, picks, nothing, in_grad,
                    high, broad, a, b, S)
     return in_grad
 
@@ -864,19 +913,14 @@ class ConvolutionLayer(_Parameters):
         batch, channels, height, width = inputs.shape
         if channels != self.in_channels:
             raise ValueError('inputs: %d channels expected, got shape %s' % (self.in_channels, inputs.shape))
-        pad_height, pad_width = height + 2 * self.padding, width + 2 * self.padding
-        out_height = _windows(pad_height, self.kernel_size, self.stride, 'inputs')
-        out_width = _windows(pad_width, self.kernel_size, self.stride, 'inputs')
+        out_height = _windows(height + 2 * self.padding, self.kernel_size, self.stride, 'inputs')
+        out_width = _windows(width + 2 * self.padding, self.kernel_size, self.stride, 'inputs')
         self.input_shape = inputs.shape
         self.output_shape = (batch, self.out_channels, out_height, out_width)
 
-        inputs_pad = inputs
-        if self.padding > 0:
-            inputs_pad = np.empty((batch, channels, pad_height, pad_width), dtype=inputs.dtype)
-            _pad(inputs, self.padding, inputs_pad)
         outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
         weight, bias = self._typed(inputs.dtype)
-        return self._conv(inputs_pad, outputs, weight, bias, self.kernel_size, self.stride)
+        return _outputs_of_inputs(inputs, outputs, weight, bias, self.kernel_size, self.stride, self.padding)
 
     def backward(self, out_grad):
         """Gradient of the inputs.
@@ -908,32 +952,9 @@ class ConvolutionLayer(_Parameters):
     def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
         """Fill outputs with the convolution of inputs_pad and return them.
 
-        Windows of 3x3 over many channels take Winograd's way (see _winograd_by), all others the formula's.
-        A tap is a triple (k, i, j), in the formula's order: it reads plane k, shifted by i rows and j columns.
-        With a stride, the shift picks one of the plane's parts (see _split) and a smaller shift in it.
+        forward calls _outputs_of_inputs itself, which sees zeros around the inputs without a copy that has them.
         """
-        batch, in_channels, height, width = inputs_pad.shape
-        out_channels, out_height, out_width = outputs.shape[1:]
-        S, used = stride, min(stride, kernel_size)
-        rows, columns = (height + S - 1) // S, (width + S - 1) // S
-        taps = in_channels * kernel_size * kernel_size
-        reads = np.empty(taps, dtype=np.int64)
-        picks = np.empty(taps, dtype=np.int64)
-        for t in range(taps):
-            k, i, j = t // kernel_size // kernel_size, t // kernel_size % kernel_size, t % kernel_size
-            part = (k * used + i % S) * used + j % S
-            reads[t] = (part * rows + i // S) * columns + j // S
-            picks[t] = t
-        x, weights = np.ascontiguousarray(inputs_pad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
-        if kernel_size == 3 and S == 1 and _winograd_pays(in_channels, out_channels, out_height, out_width):
-            _winograd_two(x, height, width, np.int64(0), weights, bias, outputs)
-            return outputs
-        if S > 1:
-            planes, x = x, np.empty(batch * in_channels * used * used * rows * columns, dtype=inputs_pad.dtype)
-            _split(planes, batch * in_channels, height, width, np.int64(0), S, used, rows, columns, x)
-        _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, np.int64(0), taps, picks,
-                   bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1))
-        return outputs
+        return _outputs_of_inputs(inputs_pad, outputs, weight, bias, kernel_size, stride, np.int64(0))
 
     @staticmethod
     @kernel

@@ -62,13 +62,21 @@ TODO = {
         return in_grad
 ''',
 }
-# ConvolutionLayer.backward goes without the frame that is cut off in the end; in the handbook's listing it is there.
+# ConvolutionLayer goes without the frame around the inputs and the one that is cut off in the end; in the handbook's
+# listing they are there.
 WITHOUT_FRAME = '''\
+        return _outputs_of_inputs(inputs, outputs, weight, bias, self.kernel_size, self.stride, self.padding)
+''', '''\
         in_grad = np.empty((batch, channels, height, width))
         return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
                                    self.padding)
 '''
 WITH_FRAME = '''\
+        P = self.padding
+        inputs_pad = np.zeros((batch, channels, height + 2 * P, width + 2 * P), dtype=inputs.dtype)
+        inputs_pad[:, :, P:height + P, P:width + P] = inputs
+        return self._conv(inputs_pad, outputs, weight, bias, self.kernel_size, self.stride)
+''', '''\
         P = self.padding
         in_grad = np.zeros((batch, channels, height + 2 * P, width + 2 * P))
         in_grad = self._conv_back(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride)
@@ -172,7 +180,8 @@ def defined(node):
 
 def without_bodies(source):
     """A layer.py with its four bodies unwritten, and without what only they needed."""
-    source = source.replace(WITHOUT_FRAME, WITH_FRAME)
+    for without, frame in zip(WITHOUT_FRAME, WITH_FRAME):
+        source = source.replace(without, frame)
     before = needed(ast.parse(source))
     roots = set(before) - set().union(*before.values())    # what nothing in the file needs is there for others
     source = edited(source, {place: TODO[key] for key, (_, place) in bodies(source).items()})

@@ -29,15 +29,18 @@ CHANNELS = {'3': '3', '64': '4', '128': '5', '256': '6', '512': '8', '4096': '32
 if handout.is_handout(PROJECT):
     pytest.skip('a hand-out does not know what is right', allow_module_level=True)
 
-# The shipped layer.py under its own name, so that its loops are compiled once for all; with the handbook's backward,
-# which calls _conv_back.
+# The shipped layer.py under its own name, so that its loops are compiled once for all; with the handbook's forward and
+# backward, which call _conv and _conv_back.
 SHIPPED = '''
 import os
 import numpy as np
 from numba import jit
 formula = jit(nopython=True)
 with open({path!r}, encoding='utf-8') as file:
-    exec(compile(file.read().replace({ours!r}, {handbooks!r}), {path!r}, 'exec'))
+    source = file.read()
+for ours, handbooks in zip({ours!r}, {handbooks!r}):
+    source = source.replace(ours, handbooks)
+exec(compile(source, {path!r}, 'exec'))
 '''.format(path=os.path.join(PROJECT, 'layer.py'), ours=handout.WITHOUT_FRAME, handbooks=handout.WITH_FRAME)
 
 

@@ -34,8 +34,8 @@ CONVOLUTIONS = [
 ]
 # The same for layers that take Winograd's way, which rounds otherwise than the formula: odd and even sides, channels
 # beyond the last group and the last block of groups, rows longer than a band, other paddings.
-MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 33, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
-                 (3, 36, 34, 22, 25, 3, 2, 1), (1, 32, 33, 21, 530, 3, 1, 1), (1, 35, 32, 300, 21, 3, 3, 1),
+MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 65, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
+                 (3, 68, 34, 22, 25, 3, 2, 1), (1, 64, 33, 21, 530, 3, 1, 1), (1, 67, 32, 300, 21, 3, 3, 1),
                  (2, 130, 250, 16, 17, 3, 1, 1), (1, 260, 264, 16, 17, 3, 1, 1), (1, 32, 36, 14, 15, 3, 1, 1),
                  (0, 32, 32, 20, 20, 3, 1, 1)]
 # batch, channels, height, width, kernel_size, stride
@@ -115,7 +115,10 @@ def test_convolution_gradient_is_the_formula_to_the_bit(case):
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('case', MANY_CHANNELS)
 def test_convolution_of_many_channels_is_the_formula(case, dtype):
-    """As near to the exact numbers as the formula's loops are, and not the same bits: it really took the other way."""
+    """As near to the exact numbers as the formula's loops are, and not the same bits: it really took the other way.
+
+    In float32 from 64 channels on: fewer would leave larger errors than the formula's.
+    """
     layer, inputs, inputs_pad = convolution(case, dtype)
     outputs = layer.forward(inputs)
     weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
@@ -124,6 +127,7 @@ def test_convolution_of_many_channels_is_the_formula(case, dtype):
     if dtype == np.float32:
         plain = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
         assert np.square(outputs - exact).sum() <= np.square(plain - exact).sum()
+        assert len(inputs) == 0 or (outputs != plain).any() == (layer.in_channels >= 64)
     else:
         np.testing.assert_allclose(outputs, exact, rtol=1e-11, atol=1e-12)
     assert len(inputs) == 0 or (outputs != exact).any()
@@ -233,8 +237,8 @@ def test_convolution_and_pooling_of_random_shapes():
 
 @forward_stage
 @pytest.mark.parametrize('positive', [False, True])
-@pytest.mark.parametrize('case', [(1, 64, 8, 30, 30, 3, 1, 1), (1, 32, 32, 30, 30, 3, 1, 1),
-                                  (1, 256, 32, 56, 56, 3, 1, 1)])
+@pytest.mark.parametrize('case', [(1, 64, 64, 30, 30, 3, 1, 1), (1, 100, 32, 30, 31, 3, 1, 1),
+                                  (1, 256, 32, 56, 56, 3, 1, 1), (1, 512, 40, 14, 14, 3, 1, 1)])
 def test_convolution_errs_no_more_than_the_formula(case, positive):
     """Also behind a ReLU, where nothing is negative."""
     layer, inputs, inputs_pad = convolution(case, np.float32)
@@ -245,6 +249,7 @@ def test_convolution_errs_no_more_than_the_formula(case, positive):
     exact = textbook.conv(inputs_pad.astype(np.float64), np.zeros(outputs.shape), layer.weight.astype(np.float64),
                           layer.bias.astype(np.float64), 3, 1)
     assert 0 < np.abs(outputs - exact).max() <= np.abs(plain - exact).max()
+    assert np.square(outputs - exact).mean() <= np.square(plain - exact).mean()
 
 
 @forward_stage
