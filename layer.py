@@ -69,7 +69,7 @@ def inner(function=None, parallel=False, of=''):
 # ---------------------------------------------------------------------------------------- convolution loops
 
 @inner
-def _add_taps(acc, part, apart, length, x, start, reads, weight, first, picks, w1, w2, w3):
+def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t, for four channels c.
 
     The innermost loop of a convolution takes four taps.  Each x that is read serves four output channels, a to d, each
@@ -79,8 +79,7 @@ def _add_taps(acc, part, apart, length, x, start, reads, weight, first, picks, w
     whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
     registers for both, or in memory.
     """
-    one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
-    fours = len(reads) // 8 * 8 if apart else len(reads) // 4 * 4
+    one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 4 * 4
     end = np.uint64(length) // lanes * lanes
     start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
@@ -94,30 +93,13 @@ def _add_taps(acc, part, apart, length, x, start, reads, weight, first, picks, w
         c0, c1, c2, c3 = weight[q0 + w2], weight[q1 + w2], weight[q2 + w2], weight[q3 + w2]
         d0, d1, d2, d3 = weight[q0 + w3], weight[q1 + w3], weight[q2 + w3], weight[q3 + w3]
         p = np.uint64(0)
-        if not apart:
-            while p < end:
-                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-                acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-                acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-                acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-                acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-                p += one
-        elif t % 8 == 0:
-            while p < end:
-                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-                part[p] = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-                part[p + B] = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-                part[p + C] = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-                part[p + D] = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-                p += one
-        else:
-            while p < end:
-                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-                acc[p] = acc[p] + (part[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3)
-                acc[p + B] = acc[p + B] + (part[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3)
-                acc[p + C] = acc[p + C] + (part[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)
-                acc[p + D] = acc[p + D] + (part[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3)
-                p += one
+        while p < end:
+            x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+            acc[p] = acc[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+            acc[p + B] = acc[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+            acc[p + C] = acc[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+            acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+            p += one
     for t in range(fours, len(reads)):    # what is left over when the number of taps is no multiple of four
         q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
         a, b, c, d = weight[q], weight[q + w1], weight[q + w2], weight[q + w3]
@@ -135,6 +117,45 @@ def _add_taps(acc, part, apart, length, x, start, reads, weight, first, picks, w
             acc[p + B] += weight[q + w1] * x[r + p]
             acc[p + C] += weight[q + w2] * x[r + p]
             acc[p + D] += weight[q + w3] * x[r + p]
+
+
+@inner
+def _add_eights(acc, part, length, x, start, reads, weight, first, picks, w1, w2, w3):
+    """What _add_taps does, but for eight taps at a time, whose products are added up first, to part[c, p].
+
+    length must be one of whole vectors.
+    """
+    one, lanes, eights = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 8 * 8
+    end = np.uint64(length) // lanes * lanes
+    start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
+    B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
+    for t in range(0, eights, 4):
+        q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
+        q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
+        r0, r1 = start + np.uint64(reads[t]), start + np.uint64(reads[t + 1])
+        r2, r3 = start + np.uint64(reads[t + 2]), start + np.uint64(reads[t + 3])
+        a0, a1, a2, a3 = weight[q0], weight[q1], weight[q2], weight[q3]
+        b0, b1, b2, b3 = weight[q0 + w1], weight[q1 + w1], weight[q2 + w1], weight[q3 + w1]
+        c0, c1, c2, c3 = weight[q0 + w2], weight[q1 + w2], weight[q2 + w2], weight[q3 + w2]
+        d0, d1, d2, d3 = weight[q0 + w3], weight[q1 + w3], weight[q2 + w3], weight[q3 + w3]
+        p = np.uint64(0)
+        if t % 8 == 0:
+            while p < end:
+                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+                part[p] = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                part[p + B] = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+                part[p + C] = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+                part[p + D] = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+                p += one
+        else:
+            while p < end:
+                x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
+                acc[p] = acc[p] + (part[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3)
+                acc[p + B] = acc[p + B] + (part[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3)
+                acc[p + C] = acc[p + C] + (part[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)
+                acc[p + D] = acc[p + D] + (part[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3)
+                p += one
+    _add_taps(acc, length, x, start, reads[eights:], weight, first, picks[eights:], w1, w2, w3)
 
 
 @inner
@@ -169,9 +190,12 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, apart, wei
     acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)    # for a constant numba would compile np.empty once more
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
-    part = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
-    _add_taps(acc, part, apart, length, x, start, reads, weight, n * kind + a * channel, picks, (b - a) * channel,
-              (c - a) * channel, (d - a) * channel)
+    w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
+    if apart:
+        part = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
+        _add_eights(acc, part, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
+    else:
+        _add_taps(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
