@@ -121,9 +121,10 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 
 @inner
 def _add_eights(acc, part, length, x, start, reads, weight, first, picks, w1, w2, w3):
-    """What _add_taps does, but for eight taps at a time, whose products are added up first, to part[c, p].
+    """What _add_taps does, but with the products of eight taps added up to part[c, p] before they are added to acc.
 
-    length must be one of whole vectors.
+    An eighth as many numbers are added one after another, and most of them are smaller: it rounds less.  length must be
+    one of whole vectors.
     """
     one, lanes, eights = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 8 * 8
     end = np.uint64(length) // lanes * lanes
@@ -178,8 +179,8 @@ def _whole_vectors(length, x):
 
 
 @inner
-def _correlate_job(n, first, band, g, x, start, row, reads, furthest, apart, weight, kind, channel, picks, bias, out, height,
-                   width, top, left, step):
+def _correlate_job(n, first, band, g, x, start, row, reads, furthest, eights, weight, kind, channel, picks, bias, out,
+                   height, width, top, left, step):
     """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
     if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane may have no room for what is dropped
@@ -191,7 +192,7 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, apart, wei
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
-    if apart:
+    if eights:
         part = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
         _add_eights(acc, part, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
     else:
@@ -208,7 +209,7 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, apart, wei
 
 
 @inner(parallel=True)
-def _correlate(x, image, row, reads, apart, weight, kind, channel, picks, bias, out, height, width, top, left, step):
+def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias, out, height, width, top, left, step):
     """The sum at the heart of both directions of a convolution.
 
     For every image n, channel c, row h < height and column w < width
@@ -225,7 +226,8 @@ def _correlate(x, image, row, reads, apart, weight, kind, channel, picks, bias, 
     end of one row of outputs and the start of the next are computed as well, and dropped.
 
     A job owns up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
-    fastest cache while all taps are added to them, in the formula's order.
+    fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` says so:
+    see _add_eights.
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
@@ -237,8 +239,8 @@ def _correlate(x, image, row, reads, apart, weight, kind, channel, picks, bias, 
     for index in prange(len(out) * bands * groups):
         job = np.int64(index)    # a prange counts in uint64, and numba would compile the job for both
         n, first, g = job // groups // bands, job // groups % bands * band, job % groups
-        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, apart, weight, kind, channel, picks,
-                       bias, out, height, width, top, left, step)
+        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight, kind, channel,
+                       picks, bias, out, height, width, top, left, step)
 
 
 @inner
@@ -422,8 +424,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread(planes, rows, rows if index == 0 or block < channels else zero,
                        x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
                        weight, channels, top, mine if back else planes, pitch, packed)
-                _correlate(v, sheet, line, reads, out.itemsize == 4, packed, rows * pitch, one if back else pitch, picks, nothing,
-                           sums.reshape((products, mine, 1, line)), one, length, zero, zero, one)
+                _correlate(v, sheet, line, reads, out.itemsize == 4, packed, rows * pitch, one if back else pitch,
+                           picks, nothing, sums.reshape((products, mine, 1, line)), one, length, zero, zero, one)
                 gather(sums, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
@@ -549,15 +551,16 @@ def _winograd_pays(in_channels, out_channels, out_height, out_width):
 def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, padding):
     """Fill outputs with the convolution of inputs, in a frame of `padding` zeros, and return them.
 
-    The window's taps are the formula's terms in its order, k, i, j.  Windows of 3x3 over many channels take Winograd's
-    way.
+    The taps are the formula's terms in its order: (k, i, j) reads plane k, shifted by i rows and j columns.  With a
+    stride, the shift picks one of the plane's parts (see _split) and a smaller shift in it.  Windows of 3x3 over many
+    channels take Winograd's way (see _winograd_by), in float32 only over so many that it errs less than the formula.
     """
     batch, in_channels, height, width = inputs.shape
     out_channels, out_height, out_width = outputs.shape[1:]
     K, S, P = kernel_size, stride, padding
     x, weights = np.ascontiguousarray(inputs).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
-    precise = in_channels >= 64 or outputs.itemsize == 8
-    if K == 3 and S == 1 and precise and _winograd_pays(in_channels, out_channels, out_height, out_width):
+    enough = in_channels >= 64 or outputs.itemsize == 8
+    if K == 3 and S == 1 and enough and _winograd_pays(in_channels, out_channels, out_height, out_width):
         _winograd_three(x, height, width, P, weights, bias, outputs)
         return outputs
     used, rows, columns = min(S, K), (height + 2 * P + S - 1) // S, (width + 2 * P + S - 1) // S
@@ -584,8 +587,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the
     window's taps in reverse, once for each remainder of the rows and of the columns.  Row h * S + a of the inputs
     themselves is row h * S + a + P of the padded ones: q is h plus a few rows.  The planes of out_grad get a frame of
-    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as in _conv, but only
-    in float64: for float32 tiles of 4x4 would be too coarse.
+    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as above, but only in
+    float64: for float32 tiles of 4x4 would be too coarse.
     """
     batch, out_channels, out_height, out_width = out_grad.shape
     in_channels, height, width = in_grad.shape[1:]
@@ -619,8 +622,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
-        _correlate(x, out_channels * rows * columns, columns, reads, False, typed, np.int64(0), K * K, picks, nothing, in_grad,
-                   high, broad, a, b, S)
+        _correlate(x, out_channels * rows * columns, columns, reads, False, typed, np.int64(0), K * K, picks, nothing,
+                   in_grad, high, broad, a, b, S)
     return in_grad
 
 
