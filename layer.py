@@ -69,8 +69,10 @@ def inner(function=None, parallel=False, of=''):
 # ---------------------------------------------------------------------------------------- convolution loops
 
 @inner
-def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
-    """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t, for four channels c.
+def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, w3):
+    """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t from done on.
+
+    c is one of four channels.
 
     The innermost loop of a convolution takes four taps.  Each x that is read serves four output channels, a to d, each
     sum that is read and written serves four taps: 16 multiply-adds for 8 loads and 4 stores, and nearly all of it
@@ -79,11 +81,11 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
     registers for both, or in memory.
     """
-    one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 4 * 4
+    one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), done + (len(reads) - done) // 4 * 4
     end = np.uint64(length) // lanes * lanes
     start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
-    for t in range(0, fours, 4):
+    for t in range(done, fours, 4):
         q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
         q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
         r0, r1 = start + np.uint64(reads[t]), start + np.uint64(reads[t + 1])
@@ -110,7 +112,7 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
             acc[p + C] = acc[p + C] + c * x[r + p]
             acc[p + D] = acc[p + D] + d * x[r + p]
             p += one
-    for t in range(len(reads)):    # and of the positions
+    for t in range(done, len(reads)):    # and of the positions
         q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
         for p in range(end, np.uint64(length)):
             acc[p] += weight[q] * x[r + p]
@@ -120,17 +122,17 @@ def _add_taps(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 
 
 @inner
-def _add_eights(acc, part, length, x, start, reads, weight, first, picks, w1, w2, w3):
-    """What _add_taps does, but with the products of eight taps added up to part[c, p] before they are added to acc.
+def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
+    """What _add_taps does, but the products of eight taps are added up, behind the sums, before they are added to them.
 
     An eighth as many numbers are added one after another, and most of them are smaller: it rounds less.  length must be
-    one of whole vectors.
+    one of whole vectors.  What is left over when the number of taps is no multiple of eight is left to _add_taps.
     """
-    one, lanes, eights = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), len(reads) // 8 * 8
+    one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
     end = np.uint64(length) // lanes * lanes
     start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
-    B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
-    for t in range(0, eights, 4):
+    B, C, D, E = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH), np.uint64(GROUP * PITCH)
+    for t in range(0, len(reads) // 8 * 8, 4):
         q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
         q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
         r0, r1 = start + np.uint64(reads[t]), start + np.uint64(reads[t + 1])
@@ -143,20 +145,19 @@ def _add_eights(acc, part, length, x, start, reads, weight, first, picks, w1, w2
         if t % 8 == 0:
             while p < end:
                 x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-                part[p] = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-                part[p + B] = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-                part[p + C] = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-                part[p + D] = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+                acc[p + E] = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                acc[p + E + B] = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+                acc[p + E + C] = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+                acc[p + E + D] = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
                 p += one
         else:
             while p < end:
                 x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
-                acc[p] = acc[p] + (part[p] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3)
-                acc[p + B] = acc[p + B] + (part[p + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3)
-                acc[p + C] = acc[p + C] + (part[p + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)
-                acc[p + D] = acc[p + D] + (part[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3)
+                acc[p] = acc[p] + (acc[p + E] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3)
+                acc[p + B] = acc[p + B] + (acc[p + E + B] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3)
+                acc[p + C] = acc[p + C] + (acc[p + E + C] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)
+                acc[p + D] = acc[p + D] + (acc[p + E + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3)
                 p += one
-    _add_taps(acc, length, x, start, reads[eights:], weight, first, picks[eights:], w1, w2, w3)
 
 
 @inner
@@ -188,15 +189,16 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, eights, we
     mine = min(GROUP, out.shape[1] - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
     y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
-    acc = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)    # for a constant numba would compile np.empty once more
+    size = np.int64(2 * GROUP * PITCH)    # for a constant numba would compile np.empty once more
+    acc = np.empty(size, dtype=x.dtype)
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
-    if eights:
-        part = np.empty(np.int64(GROUP * PITCH), dtype=x.dtype)
-        _add_eights(acc, part, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
-    else:
-        _add_taps(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
+    done = np.int64(0)
+    if eights == 1:
+        _add_eights(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
+        done = len(reads) // 8 * 8
+    _add_taps(acc, length, x, start, done, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
@@ -226,8 +228,8 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
     end of one row of outputs and the start of the next are computed as well, and dropped.
 
     A job owns up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
-    fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` says so:
-    see _add_eights.
+    fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` is 1: see
+    _add_eights.
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
@@ -424,8 +426,9 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread(planes, rows, rows if index == 0 or block < channels else zero,
                        x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
                        weight, channels, top, mine if back else planes, pitch, packed)
-                _correlate(v, sheet, line, reads, out.itemsize == 4, packed, rows * pitch, one if back else pitch,
-                           picks, nothing, sums.reshape((products, mine, 1, line)), one, length, zero, zero, one)
+                _correlate(v, sheet, line, reads, one if out.itemsize == 4 else zero, packed, rows * pitch,
+                           one if back else pitch, picks, nothing, sums.reshape((products, mine, 1, line)), one, length,
+                           zero, zero, one)
                 gather(sums, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
@@ -574,8 +577,8 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
         part = (k * used + i % S) * used + j % S
         reads[t] = (part * rows + i // S) * columns + j // S
         picks[t] = t
-    _correlate(x, in_channels * used * used * rows * columns, columns, reads, False, weights, np.int64(0), taps, picks,
-               bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1))
+    _correlate(x, in_channels * used * used * rows * columns, columns, reads, np.int64(0), weights,
+               np.int64(0), taps, picks, bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1))
     return outputs
 
 
@@ -622,8 +625,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
-        _correlate(x, out_channels * rows * columns, columns, reads, False, typed, np.int64(0), K * K, picks, nothing,
-                   in_grad, high, broad, a, b, S)
+        _correlate(x, out_channels * rows * columns, columns, reads, np.int64(0), typed, np.int64(0), K * K, picks,
+                   nothing, in_grad, high, broad, a, b, S)
     return in_grad
 
 
