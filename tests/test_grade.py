@@ -177,7 +177,7 @@ CASES = {
     'unfinished _conv': Case(60, 'forward layer1_conv1', layer=unwritten('ConvolutionLayer', '_conv')),
     'unfinished _pool_back': Case(80, 'backward layer5_maxpool', said='all zeros',
                                   layer=unwritten('MaxPoolLayer', '_pool_back')),
-    'syntax error': Case(0, said='layer.py line 8: SyntaxError', layer='def forward(self:\n'),
+    'syntax error': Case(0, said='layer.py line 11: SyntaxError', layer='def forward(self:\n'),
     'crash': Case(80, 'backward layer3_relu3', said='layer3_relu3: ended the process by signal 6', layer=method(
         'ReluLayer', 'def backward(self, out_grad):\n    if out_grad.shape[1] == 6:\n        os.abort()\n'
         '    return the_shipped(self, out_grad)')),
