@@ -127,6 +127,7 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 
     An eighth as many numbers are added one after another, and most of them are smaller: it rounds less.  length must be
     one of whole vectors.  What is left over when the number of taps is no multiple of eight is left to _add_taps.
+    Its lines are written twice, as in one function the loops would share registers, and both ways be slower.
     """
     one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
     end = np.uint64(length) // lanes * lanes

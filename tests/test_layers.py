@@ -436,6 +436,21 @@ def test_fully_connected_gradients_are_the_formulas(case):
 
 
 @backward_stage
+@pytest.mark.parametrize('case', CONNECTIONS)
+def test_fully_connected_gradient_behind_a_relu_is_the_formulas(case):
+    """Rows that meet only zeros are not read, but one of them may meet another number in another picture."""
+    layer, inputs = connection(case)
+    out_grad = np.maximum(numbers(*layer.forward(inputs).shape, seed=1), 0)
+    out_grad[:, ::3] = 0
+    expected = textbook.fully_connect_back(out_grad, np.zeros_like(inputs), layer.weight)
+    np.testing.assert_allclose(layer.backward(out_grad), expected, rtol=1e-11, atol=1e-11)
+    for nowhere in (0, np.nan):    # a NaN is no zero
+        out_grad[:] = nowhere
+        expected = textbook.fully_connect_back(out_grad, np.zeros_like(inputs), layer.weight)
+        np.testing.assert_array_equal(layer.backward(out_grad), expected)
+
+
+@backward_stage
 def test_fully_connected_gradient_is_the_slope():
     layer, inputs = connection((3, 20, 7))
     out_grad = numbers(3, 7, seed=2)
