@@ -713,7 +713,7 @@ def _fully_connect_back(out_grad, in_grad, weight, jobs):
 
     A job owns some columns i of in_grad and walks down the rows of the weight, four at a time.  The fewer jobs, the
     longer the pieces of a row, and the faster memory hands them out.  Rows that meet nothing but zeros are not read:
-    behind a ReLU that is about every other one.
+    behind a ReLU that is a good part of them.
     """
     batch, out_features = out_grad.shape
     in_features = in_grad.shape[1]
