@@ -127,7 +127,7 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 
     An eighth as many numbers are added one after another, and most of them are smaller: it rounds less.  length must be
     one of whole vectors.  What is left over when the number of taps is no multiple of eight is left to _add_taps.
-    Its lines are written twice, as in one function the loops would share registers, and both ways be slower.
+    The lines above its loops stand in _add_taps, too: as one function, they would leave the loops fewer registers.
     """
     one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
     end = np.uint64(length) // lanes * lanes
@@ -436,7 +436,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
 
 def _three_inputs(each):
-    """What five products take of five inputs."""
+    """What five products take of five inputs: two polynomials multiplied by way of 0, 1, -1/2, -2 and infinity."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
@@ -473,7 +473,8 @@ def _three_outputs(each):
     def step(y, to, by, x, start, apart, length):
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
         s1, s2, s3, s4 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart), np.uint64(4 * apart)
-        t1, t2 = np.uint64(by if each == 1 else 1), np.uint64(2) * np.uint64(by if each == 1 else 1)
+        t1 = np.uint64(by if each == 1 else 1)
+        t2 = np.uint64(2) * t1
         for p in range(np.uint64(length)):
             m0, m1, m2 = np.float64(x[start + p]), np.float64(x[start + s1 + p]), np.float64(x[start + s2 + p])
             m3, m4 = np.float64(x[start + s3 + p]), np.float64(x[start + s4 + p])
@@ -484,7 +485,7 @@ def _three_outputs(each):
 
 
 def _four_inputs(each):
-    """What six products take of six inputs."""
+    """What six products take of six inputs: the same by way of 0, 3/2, -3/2, 2/3, -2/3 and infinity."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
@@ -983,7 +984,7 @@ class ConvolutionLayer(_Parameters):
     def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
         """Fill outputs with the convolution of inputs_pad and return them.
 
-        forward calls _outputs_of_inputs itself, which sees zeros around the inputs without a copy that has them.
+        forward calls _outputs_of_inputs itself: Winograd's way needs no copy of the inputs in their frame.
         """
         return _outputs_of_inputs(inputs_pad, outputs, weight, bias, kernel_size, stride, np.int64(0))
 

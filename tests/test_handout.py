@@ -45,7 +45,7 @@ def test_the_tree_is_the_same(start):
 
 
 def test_only_the_bodies_and_what_they_alone_needed_are_gone(start):
-    """Every line that is left is the package's, but for the TODOs and the handbook's last lines of forward and backward.
+    """Every line that is left is the package's, but for the TODOs and the handbook's last lines of a convolution.
 
     Every name that is left is defined and needed.
     """
