@@ -30,7 +30,7 @@ if handout.is_handout(PROJECT):
     pytest.skip('a hand-out does not know what is right', allow_module_level=True)
 
 # The shipped layer.py under its own name, so that its loops are compiled once for all; with the handbook's forward and
-# backward, which call _conv and _conv_back.
+# backward, which call _conv and _conv_back.  They stand on as many lines as ours: numba looks up a function's source.
 SHIPPED = '''
 import os
 import numpy as np
@@ -41,7 +41,9 @@ with open({path!r}, encoding='utf-8') as file:
 for ours, handbooks in zip({ours!r}, {handbooks!r}):
     source = source.replace(ours, handbooks)
 exec(compile(source, {path!r}, 'exec'))
-'''.format(path=os.path.join(PROJECT, 'layer.py'), ours=handout.WITHOUT_FRAME, handbooks=handout.WITH_FRAME)
+'''.format(path=os.path.join(PROJECT, 'layer.py'), ours=handout.WITHOUT_FRAME, handbooks=[
+    ' ' * 8 + '; '.join(map(str.strip, handbooks.splitlines())) + '\n' * ours.count('\n')
+    for ours, handbooks in zip(handout.WITHOUT_FRAME, handout.WITH_FRAME)])
 
 
 def tiny(source):
