@@ -32,7 +32,7 @@ LINE = TILES + 16    # between the lines of two positions of a tile: again no po
 ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 LANES = 512          # partial sums of a dot product
 ASIDE = LANES + 16   # between those of two dot products: again no power of two
-COLUMNS = 8192       # of a fully connected layer's input gradient that one job covers, at most
+COLUMNS = 16384      # of a fully connected layer's input gradient that one job covers, at most
 
 
 def kernel(function=None, parallel=False):
@@ -181,6 +181,15 @@ def _whole_vectors(length, x):
 
 
 @inner
+def _aligned(numbers):
+    """The numbers from the first one on that lies at a multiple of 64 bytes.
+
+    Vectors of 64 bytes that begin there are read in one go, others from two lines of the cache.
+    """
+    return numbers[-np.int64(numbers.ctypes.data) % 64 // numbers.itemsize:]
+
+
+@inner
 def _correlate_job(n, first, band, g, x, start, row, reads, furthest, eights, weight, kind, channel, picks, bias, out,
                    height, width, top, left, step):
     """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
@@ -190,8 +199,8 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, eights, we
     mine = min(GROUP, out.shape[1] - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
     y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
-    size = np.int64(2 * GROUP * PITCH)    # for a constant numba would compile np.empty once more
-    acc = np.empty(size, dtype=x.dtype)
+    size = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
+    acc = _aligned(np.empty(size, dtype=x.dtype))
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
@@ -410,8 +419,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # 8 MB; more is not faster
         rows, pitch = (planes, block + 4) if back else (block, planes + 4)    # of the packed weights
         packed = np.empty(products * rows * pitch, dtype=out.dtype)
-        v = np.empty(products * sheet, dtype=out.dtype)
-        m = np.empty(products * block * line, dtype=out.dtype)
+        v = _aligned(np.empty(products * sheet + 16, dtype=out.dtype))
+        m = _aligned(np.empty(products * block * line + 16, dtype=out.dtype))
         nothing = np.zeros(channels, dtype=out.dtype)
         reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
         for k in range(planes):
@@ -666,17 +675,19 @@ def _add_products(acc, length, x, r, w, a, b, c, d):
 
 
 @inner
-def _add_four_rows(out, n, first, last, rows, q, r, s, t, a, b, c, d):
-    """out[n, i] += a * rows[q, i] + b * rows[r, i] + c * rows[s, i] + d * rows[t, i]."""
-    for i in range(first, last):
-        out[n, i] = out[n, i] + a * rows[q, i] + b * rows[r, i] + c * rows[s, i] + d * rows[t, i]
+def _add_four_rows(out, to, length, rows, q, r, s, t, a, b, c, d):
+    """out[to + i] += a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i] for i < length."""
+    to, q, r, s, t = np.uint64(to), np.uint64(q), np.uint64(r), np.uint64(s), np.uint64(t)
+    for i in range(np.uint64(length)):
+        out[to + i] = out[to + i] + a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i]
 
 
 @inner
-def _add_one_row(out, n, first, last, rows, r, a):
-    """out[n, i] += a * rows[r, i]: what is left over when the rows are no multiple of four."""
-    for i in range(first, last):
-        out[n, i] = out[n, i] + a * rows[r, i]
+def _add_one_row(out, to, length, rows, r, a):
+    """out[to + i] += a * rows[r + i]: what is left over when the rows are no multiple of four."""
+    to, r = np.uint64(to), np.uint64(r)
+    for i in range(np.uint64(length)):
+        out[to + i] = out[to + i] + a * rows[r + i]
 
 
 @kernel(parallel=True)
@@ -718,7 +729,7 @@ def _fully_connect_back(out_grad, in_grad, weight, jobs):
     """
     batch, out_features = out_grad.shape
     in_features = in_grad.shape[1]
-    width = (in_features + jobs - 1) // jobs
+    numbers, weights, width = in_grad.reshape(-1), weight.reshape(-1), (in_features + jobs - 1) // jobs
     rows, met = np.empty(out_features, dtype=np.int64), 0
     for o in range(out_features):
         zeros = True
@@ -736,18 +747,20 @@ def _fully_connect_back(out_grad, in_grad, weight, jobs):
         for r in range(0, whole, 4):
             a, b, c, d = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
             for n in range(batch):
-                _add_four_rows(in_grad, n, first, last, weight, a, b, c, d,
-                               out_grad[n, a], out_grad[n, b], out_grad[n, c], out_grad[n, d])
+                _add_four_rows(numbers, n * in_features + first, last - first, weights,
+                               a * in_features + first, b * in_features + first, c * in_features + first,
+                               d * in_features + first, out_grad[n, a], out_grad[n, b], out_grad[n, c], out_grad[n, d])
         for r in range(whole, met):
             for n in range(batch):
-                _add_one_row(in_grad, n, first, last, weight, rows[r], out_grad[n, rows[r]])
+                _add_one_row(numbers, n * in_features + first, last - first, weights, rows[r] * in_features + first,
+                             out_grad[n, rows[r]])
 
 
 @kernel(parallel=True)
 def _fully_connect_grad(out_grad, inputs, grad_weight, grad_bias):
     """grad_weight[o, i] = sum over n of out_grad[n, o] * inputs[n, i]; grad_bias[o] = sum of out_grad[n, o]."""
     batch, in_features = inputs.shape
-    whole = batch // 4 * 4
+    sums, x, whole = grad_weight.reshape(-1), inputs.reshape(-1), batch // 4 * 4
     for o in prange(out_grad.shape[1]):
         grad_bias[o] = 0
         for n in range(batch):
@@ -755,10 +768,11 @@ def _fully_connect_grad(out_grad, inputs, grad_weight, grad_bias):
         for i in range(in_features):
             grad_weight[o, i] = 0
         for n in range(0, whole, 4):
-            _add_four_rows(grad_weight, o, 0, in_features, inputs, n, n + 1, n + 2, n + 3,
+            _add_four_rows(sums, o * in_features, in_features, x, n * in_features, (n + 1) * in_features,
+                           (n + 2) * in_features, (n + 3) * in_features,
                            out_grad[n, o], out_grad[n + 1, o], out_grad[n + 2, o], out_grad[n + 3, o])
         for n in range(whole, batch):
-            _add_one_row(grad_weight, o, 0, in_features, inputs, n, out_grad[n, o])
+            _add_one_row(sums, o * in_features, in_features, x, n * in_features, out_grad[n, o])
 
 
 @kernel(parallel=True)
@@ -950,7 +964,7 @@ class ConvolutionLayer(_Parameters):
         self.input_shape = inputs.shape
         self.output_shape = (batch, self.out_channels, out_height, out_width)
 
-        outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
+        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
         weight, bias = self._typed(inputs.dtype)
         return _outputs_of_inputs(inputs, outputs, weight, bias, self.kernel_size, self.stride, self.padding)
 
@@ -1105,10 +1119,11 @@ class MaxPoolLayer(object):
                 best, index = outputs[n, c, h], argidx[n, c, h]
                 for w in range(out_width):
                     best[w], index[w] = -np.inf, 0
-                for t in range(kernel_size * kernel_size):
-                    row = inputs[n, c, h * stride + t // kernel_size]
-                    _copy(numbers, np.int64(0), row, t % kernel_size, stride, out_width)
-                    _take_larger(best, index, numbers, np.int32(t))
+                for i in range(kernel_size):
+                    row = inputs[n, c, h * stride + i]
+                    for j in range(kernel_size):
+                        _copy(numbers, np.int64(0), row, j, stride, out_width)
+                        _take_larger(best, index, numbers, np.int32(i * kernel_size + j))
         return outputs, argidx
 
     @staticmethod
@@ -1119,12 +1134,17 @@ class MaxPoolLayer(object):
         Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.
         """
         batch, channels, out_height, out_width = out_grad.shape
+        K, S = kernel_size, np.uint64(stride)
+        i, j = np.empty(K * K, dtype=np.uint64), np.empty(K * K, dtype=np.uint64)
+        for t in range(K * K):
+            i[t], j[t] = t // K, t % K
         for plane in prange(batch * channels):
             n, c = plane // channels, plane % channels
             for h in range(out_height):
-                for w in range(out_width):
-                    i, j = argidx[n, c, h, w] // kernel_size, argidx[n, c, h, w] % kernel_size
-                    in_grad[n, c, h * stride + i, w * stride + j] += out_grad[n, c, h, w]
+                grads, index = out_grad[n, c, h], argidx[n, c, h]
+                for w in range(np.uint64(out_width)):
+                    t = np.uint64(index[w])
+                    in_grad[n, c, np.uint64(h) * S + i[t], w * S + j[t]] += grads[w]
         return in_grad
 
 

@@ -65,6 +65,8 @@ TODO = {
 # ConvolutionLayer goes without the frame around the inputs and the one that is cut off in the end; in the handbook's
 # listing they are there.
 WITHOUT_FRAME = '''\
+        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
+        weight, bias = self._typed(inputs.dtype)
         return _outputs_of_inputs(inputs, outputs, weight, bias, self.kernel_size, self.stride, self.padding)
 ''', '''\
         in_grad = np.empty((batch, channels, height, width))
@@ -75,6 +77,8 @@ WITH_FRAME = '''\
         P = self.padding
         inputs_pad = np.zeros((batch, channels, height + 2 * P, width + 2 * P), dtype=inputs.dtype)
         inputs_pad[:, :, P:height + P, P:width + P] = inputs
+        outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
+        weight, bias = self._typed(inputs.dtype)
         return self._conv(inputs_pad, outputs, weight, bias, self.kernel_size, self.stride)
 ''', '''\
         P = self.padding
