@@ -411,8 +411,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         products, planes = side * side, len(weight) // 9 // channels
         across = (out_width + tile - 1) // tile
         tiles = (out_height + tile - 1) // tile * across
-        line = min(TILES, (planes + channels) * 8 // out.itemsize)    # at most; found by trying
-        bands = (tiles + line - 1) // line
+        bands = (tiles + TILES - 1) // TILES
         line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
         sheet = planes * line + 16    # no power of two, as above
