@@ -355,13 +355,10 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         for q in range(0, count, TILES):
             length = min(TILES, count - q)
             for t in range(9):
-                _copy(a, (t // 3 * SIDE + t % 3) * LINE, weight, (first + q) * 9 + (8 - t if back else t), np.int64(9),
-                      length)
-            for j in range(3):
-                weights_of(b, j * LINE, np.int64(SIDE * LINE), a, j * LINE, np.int64(SIDE * LINE), length)
+                _copy(a, t * length, weight, (first + q) * 9 + (8 - t if back else t), np.int64(9), length)
+            weights_of(b, np.int64(0), 3 * length, a, np.int64(0), 3 * length, 3 * length)    # three columns in one
             for i in range(side):
-                weights_of(packed, (i * side * rows + row) * pitch + q, rows * pitch, b, i * SIDE * LINE,
-                           np.int64(LINE), length)
+                weights_of(packed, (i * side * rows + row) * pitch + q, rows * pitch, b, i * 3 * length, length, length)
 
     @inner(parallel=True, of=tile)
     def spread(planes, rows, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
