@@ -182,9 +182,9 @@ def _whole_vectors(length, x):
 
 @inner
 def _aligned(numbers):
-    """The numbers from the first one on that lies at a multiple of 64 bytes.
+    """The numbers from the first one on that lies at a multiple of 64 bytes: up to 15 fewer.
 
-    Vectors of 64 bytes that begin there are read in one go, others from two lines of the cache.
+    A vector of 64 bytes that begins there lies in one line of the cache, any other in two.
     """
     return numbers[-np.int64(numbers.ctypes.data) % 64 // numbers.itemsize:]
 
@@ -672,7 +672,10 @@ def _add_products(acc, length, x, r, w, a, b, c, d):
 
 @inner
 def _add_four_rows(out, to, length, rows, q, r, s, t, a, b, c, d):
-    """out[to + i] += a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i] for i < length."""
+    """out[to + i] += a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i] for i < length.
+
+    A signed index may be negative and count from the end: the loop would look, and take one number at a time.
+    """
     to, q, r, s, t = np.uint64(to), np.uint64(q), np.uint64(r), np.uint64(s), np.uint64(t)
     for i in range(np.uint64(length)):
         out[to + i] = out[to + i] + a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i]
@@ -1127,20 +1130,17 @@ class MaxPoolLayer(object):
     def _pool_back(out_grad, in_grad, argidx, kernel_size, stride):
         """Add each gradient to in_grad where its maximum was found, and return in_grad.
 
-        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.
+        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.  Unsigned
+        indices and divisions are faster: nothing can be negative.
         """
         batch, channels, out_height, out_width = out_grad.shape
-        K, S = kernel_size, np.uint64(stride)
-        i, j = np.empty(K * K, dtype=np.uint64), np.empty(K * K, dtype=np.uint64)
-        for t in range(K * K):
-            i[t], j[t] = t // K, t % K
+        K, S = np.uint32(kernel_size), np.uint64(stride)
         for plane in prange(batch * channels):
             n, c = plane // channels, plane % channels
-            for h in range(out_height):
-                grads, index = out_grad[n, c, h], argidx[n, c, h]
+            for h in range(np.uint64(out_height)):
                 for w in range(np.uint64(out_width)):
-                    t = np.uint64(index[w])
-                    in_grad[n, c, np.uint64(h) * S + i[t], w * S + j[t]] += grads[w]
+                    index = np.uint32(argidx[n, c, h, w])
+                    in_grad[n, c, h * S + index // K, w * S + index % K] += out_grad[n, c, h, w]
         return in_grad
 
 
