@@ -164,13 +164,9 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 @inner
 def _copy(out, to, x, start, step, length):
     """out[to + p] = x[start + p * step]."""
-    to, start, by, two = np.uint64(to), np.uint64(start), np.uint64(step), np.uint64(2)
-    if step == 2:    # known beforehand, it is faster
-        for p in range(np.uint64(length)):
-            out[to + p] = x[start + p * two]
-    else:
-        for p in range(np.uint64(length)):
-            out[to + p] = x[start + p * by]
+    to, start, by = np.uint64(to), np.uint64(start), np.uint64(step)
+    for p in range(np.uint64(length)):
+        out[to + p] = x[start + p * by]
 
 
 @inner
