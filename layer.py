@@ -408,7 +408,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
         sheet = planes * line + 16    # no power of two, as above
-        block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # 8 MB; more is not faster
+        block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # more is not faster
         rows, pitch = (planes, block + 4) if back else (block, planes + 4)    # of the packed weights
         packed = np.empty(products * rows * pitch, dtype=out.dtype)
         v = _aligned(np.empty(products * sheet + 16, dtype=out.dtype))
