@@ -24,7 +24,8 @@ FLAGS = {'nopython': True, 'fastmath': {'contract'}}
 get_num_threads()    # starts them: some versions of numba do not, for machine code that was read from the disk
 
 GROUP = 4            # output channels of a convolution that share each number that is read
-BAND = 512           # positions of a plane that one job of a convolution covers, at most
+BAND = 512           # positions of a plane that one piece of a convolution covers, at most
+JOBS = 64            # that the pieces of a convolution are shared out to, at most
 PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
@@ -186,17 +187,15 @@ def _aligned(numbers):
 
 
 @inner
-def _correlate_job(n, first, band, g, x, start, row, reads, furthest, eights, weight, kind, channel, picks, bias, out,
-                   height, width, top, left, step):
-    """One job of _correlate: `band` positions from `first` on of image n, for the channels of group g."""
+def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eights, weight, kind, channel, picks, bias,
+                     out, to, plane, down, across, height, width):
+    """One piece of _correlate's work: `band` positions from `first` on of image n, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
     if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane may have no room for what is dropped
         length = _whole_vectors(length, x)
-    mine = min(GROUP, out.shape[1] - g * GROUP)
+    mine = min(GROUP, len(bias) - g * GROUP)
     a, b, c, d = g * GROUP, g * GROUP + min(1, mine - 1), g * GROUP + min(2, mine - 1), g * GROUP + mine - 1
     y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
-    size = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
-    acc = _aligned(np.empty(size, dtype=x.dtype))
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
@@ -205,24 +204,30 @@ def _correlate_job(n, first, band, g, x, start, row, reads, furthest, eights, we
         _add_eights(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
         done = len(reads) // 8 * 8
     _add_taps(acc, length, x, start, done, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
+    if plane == 1:    # the channels lie beside each other
+        for w in range(min(band, width - first)):
+            for c in range(mine):
+                out[to + g * GROUP + (first + w) * across + c] = acc[c * PITCH + w]
+        return
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
-            line, shift = out[n, g * GROUP + c, top + h * step], c * PITCH + h * row - first
-            if step == 1:
-                _copy(line, left + begin, acc, shift + begin, 1, end - begin)
+            line, shift = to + (g * GROUP + c) * plane + h * down, c * PITCH + h * row - first
+            if across == 1:
+                _copy(out, line + begin, acc, shift + begin, 1, end - begin)
             else:
                 for w in range(begin, end):
-                    line[left + w * step] = acc[shift + w]
+                    out[line + w * across] = acc[shift + w]
 
 
 @inner(parallel=True)
-def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias, out, height, width, top, left, step):
+def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
+               out, images, size, to, plane, down, across, height, width):
     """The sum at the heart of both directions of a convolution.
 
     For every image n, channel c, row h < height and column w < width
 
-        out[n, c, top + h * step, left + w * step]
+        out[n * size + to + c * plane + h * down + w * across]
             = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
                                          * x[n * image + reads[t] + h * row + w]
 
@@ -233,22 +238,27 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
     end of one row of outputs and the start of the next are computed as well, and dropped.
 
-    A job owns up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
+    A piece of the work is up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
     fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` is 1: see
-    _add_eights.
+    _add_eights.  A job takes some pieces, one after the other.
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
     band = _whole_vectors((positions + bands - 1) // bands, x)
-    groups = (out.shape[1] + GROUP - 1) // GROUP
+    groups = (len(bias) + GROUP - 1) // GROUP
     furthest = reads[0]
     for t in range(len(reads)):
         furthest = max(furthest, reads[t])
-    for index in prange(len(out) * bands * groups):
-        job = np.int64(index)    # a prange counts in uint64, and numba would compile the job for both
-        n, first, g = job // groups // bands, job // groups % bands * band, job % groups
-        _correlate_job(n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight, kind, channel,
-                       picks, bias, out, height, width, top, left, step)
+    pieces = images * bands * groups
+    jobs = min(pieces, JOBS)
+    for index in prange(jobs):
+        job = np.int64(index)    # a prange counts in uint64, and numba would compile what follows for both
+        numbers = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
+        acc = _aligned(np.empty(numbers, dtype=x.dtype))
+        for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
+            n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
+            _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight, kind,
+                             channel, picks, bias, out, n * size + to, plane, down, across, height, width)
 
 
 @inner
@@ -315,7 +325,10 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     1. spread: the sums that the products take of the inputs, made once for all output channels, and those that they
        take of the weights, some output channels at a time;
     2. _correlate: the products, each added up over all input channels.  Nearly all work is left here, for each of the
-       side * side products a convolution of 1x1: they are the images of one _correlate;
+       side * side products a convolution of 1x1: they are the images of one _correlate.  Its positions are the tiles.
+       Backward, where the sums of neighbouring output channels' weights lie beside each other, tiles and channels
+       change their roles if there are so few tiles that the loop over positions would end before it has got going, as
+       on planes of 14x14;
     3. gather: the outputs of those sums.
 
     Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
@@ -344,8 +357,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                               np.int64(1), end - begin)
 
     @inner(of=tile)
-    def spread_weights(row, weight, first, count, side, rows, pitch, packed):
-        """packed[((i * side + j) * rows + row) * pitch + q] = what product (i, j) takes of the window first + q."""
+    def spread_weights(row, weight, first, count, side, kind, pitch, packed):
+        """packed[(i * side + j) * kind + row * pitch + q] = what product (i, j) takes of the window first + q."""
         size = np.int64(SIDE * SIDE * LINE)
         a, b = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.float64)
         for q in range(0, count, TILES):
@@ -354,10 +367,10 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 _copy(a, t * length, weight, (first + q) * 9 + (8 - t if back else t), np.int64(9), length)
             weights_of(b, np.int64(0), 3 * length, a, np.int64(0), 3 * length, 3 * length)    # three columns in one
             for i in range(side):
-                weights_of(packed, (i * side * rows + row) * pitch + q, rows * pitch, b, i * 3 * length, length, length)
+                weights_of(packed, i * side * kind + row * pitch + q, kind, b, i * 3 * length, length, length)
 
     @inner(parallel=True, of=tile)
-    def spread(planes, rows, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
+    def spread(planes, kind, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
                weight, channels, top, count, pitch, packed):
         """Step 1: each job takes one of the planes, if there are any to be taken, and its share of the weights."""
         for index in prange(planes):
@@ -366,7 +379,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread_plane(job, x, plane, height, width, frame, first, length, across, side, line, sheet, v)
             for row in range(job * of_rows // planes, (job + 1) * of_rows // planes):
                 window = row * channels + top if back else (top + row) * planes
-                spread_weights(row, weight, window, count, side, rows, pitch, packed)
+                spread_weights(row, weight, window, count, side, kind, pitch, packed)
 
     @inner(of=tile)
     def put_row(out, to, row, length, bias):
@@ -409,11 +422,14 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         bands = (tiles + line - 1) // line
         sheet = planes * line + 16    # no power of two, as above
         block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # more is not faster
-        rows, pitch = (planes, block + 4) if back else (block, planes + 4)    # of the packed weights
-        packed = np.empty(products * rows * pitch, dtype=out.dtype)
+        turned = back and line * out.itemsize <= 128    # two vectors of tiles: see above
+        rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
+        kind = rows * pitch + 16
+        packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
+        eights = one if out.itemsize == 4 else zero
         v = _aligned(np.empty(products * sheet + 16, dtype=out.dtype))
         m = _aligned(np.empty(products * block * line + 16, dtype=out.dtype))
-        nothing = np.zeros(channels, dtype=out.dtype)
+        nothing = np.zeros(max(channels, line), dtype=out.dtype)
         reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
         for k in range(planes):
             reads[k], picks[k] = k * line, k * pitch if back else k
@@ -422,16 +438,16 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             length = min(line, tiles - first)
             for top in range(0, channels, block):
                 mine = min(block, channels - top)
-                sums = m[:products * mine * line]
-                if not back:
-                    rows = mine
-                spread(planes, rows, rows if index == 0 or block < channels else zero,
+                spread(planes, kind, (planes if back else mine) if index == 0 or block < channels else zero,
                        x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
                        weight, channels, top, mine if back else planes, pitch, packed)
-                _correlate(v, sheet, line, reads, one if out.itemsize == 4 else zero, packed, rows * pitch,
-                           one if back else pitch, picks, nothing, sums.reshape((products, mine, 1, line)), one, length,
-                           zero, zero, one)
-                gather(sums, mine, line, first, length, across, side, bias, out, n, top)
+                if turned:
+                    _correlate(packed, kind, pitch, picks, eights, v, sheet, one, reads, nothing[:length],
+                               m, products, mine * line, zero, one, zero, line, one, mine)
+                else:
+                    _correlate(v, sheet, line, reads, eights, packed, kind, one if back else pitch, picks,
+                               nothing[:mine], m, products, mine * line, zero, line, zero, one, one, length)
+                gather(m, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
 
@@ -580,8 +596,10 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
         part = (k * used + i % S) * used + j % S
         reads[t] = (part * rows + i // S) * columns + j // S
         picks[t] = t
-    _correlate(x, in_channels * used * used * rows * columns, columns, reads, np.int64(0), weights,
-               np.int64(0), taps, picks, bias, outputs, out_height, out_width, np.int64(0), np.int64(0), np.int64(1))
+    size = out_height * out_width
+    _correlate(x, in_channels * used * used * rows * columns, columns, reads, np.int64(0), weights, np.int64(0), taps,
+               picks, bias, outputs.reshape(-1), batch, out_channels * size, np.int64(0), size, out_width, np.int64(1),
+               out_height, out_width)
     return outputs
 
 
@@ -629,7 +647,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
         _correlate(x, out_channels * rows * columns, columns, reads, np.int64(0), typed, np.int64(0), K * K, picks,
-                   nothing, in_grad, high, broad, a, b, S)
+                   nothing, numbers, batch, in_channels * height * width, a * width + b, height * width, S * width, S,
+                   high, broad)
     return in_grad
 
 
