@@ -33,11 +33,11 @@ CONVOLUTIONS = [
     (0, 2, 3, 6, 6, 3, 1, 1),
 ]
 # The same for layers that take Winograd's way, which rounds otherwise than the formula: odd and even sides, channels
-# beyond the last group and the last block of groups, rows longer than a band, other paddings.
+# beyond the last group and the last block of groups, rows longer than a band, other paddings, hardly any tiles.
 MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 65, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
                  (3, 68, 34, 22, 25, 3, 2, 1), (1, 64, 33, 21, 530, 3, 1, 1), (1, 67, 32, 300, 21, 3, 3, 1),
                  (2, 130, 250, 16, 17, 3, 1, 1), (1, 260, 264, 16, 17, 3, 1, 1), (1, 32, 36, 14, 15, 3, 1, 1),
-                 (0, 32, 32, 20, 20, 3, 1, 1)]
+                 (2, 250, 130, 15, 14, 3, 1, 1), (0, 32, 32, 20, 20, 3, 1, 1)]
 # batch, channels, height, width, kernel_size, stride
 POOLINGS = [(1, 1, 2, 2, 2, 2), (2, 3, 8, 6, 2, 2), (1, 2, 7, 9, 2, 2), (2, 2, 9, 9, 3, 2), (1, 3, 8, 40, 3, 1),
             (1, 2, 11, 10, 2, 3), (3, 1, 5, 5, 5, 5), (1, 4, 6, 6, 1, 1), (0, 2, 4, 4, 2, 2)]
