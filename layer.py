@@ -204,11 +204,6 @@ def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eig
         _add_eights(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
         done = len(reads) // 8 * 8
     _add_taps(acc, length, x, start, done, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
-    if plane == 1:    # the channels lie beside each other
-        for w in range(min(band, width - first)):
-            for c in range(mine):
-                out[to + g * GROUP + (first + w) * across + c] = acc[c * PITCH + w]
-        return
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
@@ -225,7 +220,7 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
                out, images, size, to, plane, down, across, height, width):
     """The sum at the heart of both directions of a convolution.
 
-    For every image n, channel c, row h < height and column w < width
+    For every image n < images, channel c < len(bias), row h < height and column w < width
 
         out[n * size + to + c * plane + h * down + w * across]
             = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
@@ -422,9 +417,9 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         bands = (tiles + line - 1) // line
         sheet = planes * line + 16    # no power of two, as above
         block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # more is not faster
-        turned = back and line * out.itemsize <= 128    # two vectors of tiles: see above
+        turned = back and line * out.itemsize <= 128    # at most two vectors of tiles: see above
         rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
-        kind = rows * pitch + 16
+        kind = rows * pitch + 16    # nor here
         packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
         eights = one if out.itemsize == 4 else zero
         v = _aligned(np.empty(products * sheet + 16, dtype=out.dtype))
