@@ -171,6 +171,17 @@ def _copy(out, to, x, start, step, length):
 
 
 @inner
+def _columns(out, to, by, x, start, length):
+    """out[to + j * by + p] = x[start + 3 * p + j] for j < 3."""
+    start, one, two, three = np.uint64(start), np.uint64(1), np.uint64(2), np.uint64(3)
+    to0, to1, to2 = np.uint64(to), np.uint64(to + by), np.uint64(to + 2 * by)
+    for p in range(np.uint64(length)):
+        out[to0 + p] = x[start + p * three]
+        out[to1 + p] = x[start + p * three + one]
+        out[to2 + p] = x[start + p * three + two]
+
+
+@inner
 def _whole_vectors(length, x):
     """length, rounded up to a multiple of what the widest vector holds: 16 float32 or 8 float64."""
     lanes = 64 // x.itemsize
@@ -310,9 +321,12 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 
     The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
-    at to + i * by in y.  inputs_of(each) and outputs_of(each) make the function: where each is not 1, the numbers of a
-    tile lie beside each other in a plane: x_i of tile p (or y_i, for outputs) is i + p * each numbers from the start,
-    whatever apart (or by) is.
+    at to + i * by in y.  inputs_of(each, line), weights_of and outputs_of make the function.  Where each is not 1, the
+    numbers of a tile lie beside each other in a plane: x_i of tile p (or y_i, for outputs) is i + p * each numbers from
+    the start, whatever apart (or by) is; in windows that are turned round, each is negative, and so is i.  `line`, if
+    it is not 0, is the distance by (or apart, for outputs across), whatever is handed on.  It makes the lines of these
+    functions fast: as long as the compiler cannot know that two lines lie apart, it has to look in every call, and does
+    not take several numbers at a time where there are only some dozens.
 
     Returns a compiled function; the arguments are constants in it.  Its work, for one band of tiles after the other, so
     that the numbers are still in a cache for the next step:
@@ -331,38 +345,47 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     `back` turns the windows round and lets the inputs be what the weight calls outputs.
     """
-    spread_down, spread_across = inputs_of(1), inputs_of(tile)
-    gather_down, gather_across = outputs_of(1), outputs_of(tile)
+    spread_down, spread_across = inputs_of(1, ROW), inputs_of(tile, 0)
+    weights_down, weights_across = weights_of(-3 if back else 3, 3 * LINE), weights_of(1, 0)
+    gather_down, gather_across = outputs_of(1, LINE), outputs_of(tile, SIDE * LINE)
 
     @inner(of=tile)
     def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, sheet, v):
         """v[(i * side + j) * sheet + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
-        size = np.int64(SIDE * ROW)
-        a, b = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.float64)
+        numbers, by, one = np.int64(SIDE * ROW), np.int64(ROW), np.int64(1)
+        a, b = np.empty(numbers, dtype=x.dtype), np.empty(numbers, dtype=np.float64)
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
-            columns = (end - begin) * tile + side - tile
-            for i in range(side):    # the rows of these tiles, with a frame of zeros
-                y = h * tile + i - frame
-                _cut(a, i * ROW, np.int64(0), columns, x, ((plane + k) * height + y) * width,
-                     width if 0 <= y < height else 0, begin * tile - frame, np.int64(1))
-            spread_down(b, np.int64(0), np.int64(ROW), a, np.int64(0), np.int64(ROW), columns)
+            y, shift, columns = h * tile - frame, begin * tile - frame, (end - begin) * tile + side - tile
+            left = max(0, min(columns, -shift))    # the first of these tiles' columns that is inside the plane
+            right = max(left, min(columns, width - shift))    # and the first one behind it
+            if y >= 0 and y + side <= height:
+                spread_down(b, left, by, x, ((plane + k) * height + y) * width + shift + left, width, right - left)
+            else:
+                for i in range(side):    # some of the rows are zeros
+                    _cut(a, i * ROW, left, right, x, ((plane + k) * height + y + i) * width,
+                         width if 0 <= y + i < height else 0, shift, one)
+                spread_down(b, left, by, a, left, by, right - left)
             for i in range(side):
-                spread_across(v, i * side * sheet + k * line + h * across + begin - first, sheet, b, i * ROW,
-                              np.int64(1), end - begin)
+                for w in range(left):
+                    b[i * ROW + w] = 0
+                for w in range(right, columns):
+                    b[i * ROW + w] = 0
+                spread_across(v, i * side * sheet + k * line + h * across + begin - first, sheet, b, i * ROW, one,
+                              end - begin)
 
     @inner(of=tile)
     def spread_weights(row, weight, first, count, side, kind, pitch, packed):
         """packed[(i * side + j) * kind + row * pitch + q] = what product (i, j) takes of the window first + q."""
-        size = np.int64(SIDE * SIDE * LINE)
-        a, b = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.float64)
+        a, b = np.empty(9 * TILES, dtype=np.float64), np.empty(SIDE * 3 * LINE, dtype=np.float64)
+        zero, one, two, by = np.int64(0), np.int64(1), np.int64(2), np.int64(3 * LINE)
         for q in range(0, count, TILES):
             length = min(TILES, count - q)
-            for t in range(9):
-                _copy(a, t * length, weight, (first + q) * 9 + (8 - t if back else t), np.int64(9), length)
-            weights_of(b, np.int64(0), 3 * length, a, np.int64(0), 3 * length, 3 * length)    # three columns in one
+            beside = 3 * length    # a column of all these windows, from top to bottom
+            _columns(a, 2 * beside if back else zero, -beside if back else beside, weight, (first + q) * 9, beside)
+            weights_down(b, zero, by, a, two if back else zero, one, beside)    # three columns in one
             for i in range(side):
-                weights_of(packed, i * side * kind + row * pitch + q, kind, b, i * 3 * length, length, length)
+                weights_across(packed, i * side * kind + row * pitch + q, kind, b, i * by, length, length)
 
     @inner(parallel=True, of=tile)
     def spread(planes, kind, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
@@ -377,26 +400,23 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread_weights(row, weight, window, count, side, kind, pitch, packed)
 
     @inner(of=tile)
-    def put_row(out, to, row, length, bias):
-        """out[to + p] = row[p] + bias."""
-        to = np.uint64(to)
-        for p in range(np.uint64(length)):
-            out[to + p] = row[p] + bias
-
-    @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
         """The outputs of one channel, of its sums m[(i * side + j) * channels + o], a line each."""
-        b, row = np.empty(np.int64(SIDE * SIDE * LINE), dtype=np.float64), np.empty(np.int64(ROW), dtype=np.float64)
+        b, last = np.empty(np.int64(SIDE * SIDE * LINE), dtype=np.float64), np.empty(np.int64(SIDE), dtype=plane.dtype)
+        zero, one, by, apart = np.int64(0), np.int64(1), np.int64(LINE), np.int64(SIDE * LINE)
         for j in range(side):
-            gather_down(b, j * SIDE * LINE, np.int64(LINE), m, (j * channels + o) * line, side * channels * line,
-                        length)
+            gather_down(b, j * apart, by, m, (j * channels + o) * line, side * channels * line, length, 0.0)
         height, width = plane.shape
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
+            whole = min(end, width // tile)
             for i in range(min(tile, height - h * tile)):
-                gather_across(row, np.int64(0), np.int64(1), b, i * LINE + h * across + begin - first,
-                              np.int64(SIDE * LINE), end - begin)
-                put_row(plane[h * tile + i], begin * tile, row, min(width, end * tile) - begin * tile, bias)
+                row, start = plane[h * tile + i], i * LINE + h * across - first
+                gather_across(row, begin * tile, one, b, start + begin, apart, whole - begin, bias)
+                if whole < end:    # the last tile lies across the edge of the plane
+                    gather_across(last, zero, one, b, start + whole, apart, one, bias)
+                    for w in range(whole * tile, width):
+                        row[w] = last[w - whole * tile]
 
     @inner(parallel=True, of=tile)
     def gather(m, channels, line, first, length, across, side, bias, out, n, top):
@@ -447,16 +467,20 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     return winograd
 
 
-def _three_inputs(each):
+def _three_inputs(each, line):
     """What five products take of five inputs: two polynomials multiplied by way of 0, 1, -1/2, -2 and infinity."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
+        by = line or by
         t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
+        # across, a tile begins with the two numbers that the one before ends with
+        x3, x4 = (0.0, 0.0) if each == 1 else (np.float64(x[start]), np.float64(x[start + s1]))
         for p in range(np.uint64(length)):
-            x0, x1, x2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
-            x3, x4 = x[start + s3 + p * n], x[start + s4 + p * n]
+            x0, x1 = (np.float64(x[start + p]), np.float64(x[start + s1 + p])) if each == 1 else (x3, x4)
+            x2, x3 = np.float64(x[start + s2 + p * n]), np.float64(x[start + s3 + p * n])
+            x4 = np.float64(x[start + s4 + p * n])
             y[to + p] = x0 - x3 + 1.5 * (x1 - x2)
             y[to + t1 + p] = x1 + x3 + 2.5 * x2
             y[to + t2 + p] = x2 + x3 - 2 * x1
@@ -465,48 +489,56 @@ def _three_inputs(each):
     return step
 
 
-@inner
-def _three_weights(y, to, by, x, start, apart, length):
+def _three_weights(each, line):
     """What five products take of three weights."""
-    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(apart), np.uint64(2 * apart)
-    t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
-    for p in range(np.uint64(length)):
-        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        y[to + p] = w0
-        y[to + t1 + p] = (w0 + w1 + w2) * (2 / 9)
-        y[to + t2 + p] = (4 * w0 - 2 * w1 + w2) * (2 / 9)
-        y[to + t3 + p] = (w0 - 2 * w1 + 4 * w2) * (-1 / 9)
-        y[to + t4 + p] = w2
-
-
-def _three_outputs(each):
-    """Three outputs of five products."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
-        to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
-        s1, s2, s3, s4 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart), np.uint64(4 * apart)
-        t1 = np.uint64(by if each == 1 else 1)
-        t2 = np.uint64(2) * t1
+        to, start, n, by = np.uint64(to), np.uint64(start), np.uint64(abs(each)), line or by
+        s1 = np.uint64(apart if each == 1 else each // 3)
+        s2 = np.uint64(2) * s1
+        t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
         for p in range(np.uint64(length)):
-            m0, m1, m2 = np.float64(x[start + p]), np.float64(x[start + s1 + p]), np.float64(x[start + s2 + p])
-            m3, m4 = np.float64(x[start + s3 + p]), np.float64(x[start + s4 + p])
-            y[to + p * n] = m0 + m1 + m2 + m3
-            y[to + t1 + p * n] = m1 - 0.5 * m2 - 2 * m3
-            y[to + t2 + p * n] = m1 + 0.25 * m2 + 4 * m3 + m4
+            w0, w1, w2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
+            y[to + p] = w0
+            y[to + t1 + p] = (w0 + w1 + w2) * (2 / 9)
+            y[to + t2 + p] = (4 * w0 - 2 * w1 + w2) * (2 / 9)
+            y[to + t3 + p] = (w0 - 2 * w1 + 4 * w2) * (-1 / 9)
+            y[to + t4 + p] = w2
     return step
 
 
-def _four_inputs(each):
+def _three_outputs(each, line):
+    """Three outputs of five products."""
+    @inner(of=each)
+    def step(y, to, by, x, start, apart, length, bias):
+        by, apart = (line, apart) if each == 1 else (1, line)
+        to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
+        s1, s2, s3, s4 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart), np.uint64(4 * apart)
+        t1, t2 = np.uint64(by), np.uint64(2 * by)
+        more = 0.0 if each == 1 else bias
+        for p in range(np.uint64(length)):
+            m0, m1, m2 = np.float64(x[start + p]), np.float64(x[start + s1 + p]), np.float64(x[start + s2 + p])
+            m3, m4 = np.float64(x[start + s3 + p]), np.float64(x[start + s4 + p])
+            y[to + p * n] = m0 + m1 + m2 + m3 + more
+            y[to + t1 + p * n] = m1 - 0.5 * m2 - 2 * m3 + more
+            y[to + t2 + p * n] = m1 + 0.25 * m2 + 4 * m3 + m4 + more
+    return step
+
+
+def _four_inputs(each, line):
     """What six products take of six inputs: the same by way of 0, 3/2, -3/2, 2/3, -2/3 and infinity."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
-        n, s2, s3 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1
-        s4, s5, t1, t2 = np.uint64(4) * s1, np.uint64(5) * s1, np.uint64(by), np.uint64(2 * by)
-        t3, t4, t5 = np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
+        n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
+        s5, by = np.uint64(5) * s1, line or by
+        t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
+        # as above
+        x4, x5 = (0.0, 0.0) if each == 1 else (np.float64(x[start]), np.float64(x[start + s1]))
         for p in range(np.uint64(length)):
-            x0, x1, x2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
-            x3, x4, x5 = x[start + s3 + p * n], x[start + s4 + p * n], x[start + s5 + p * n]
+            x0, x1 = (np.float64(x[start + p]), np.float64(x[start + s1 + p])) if each == 1 else (x4, x5)
+            x2, x3 = np.float64(x[start + s2 + p * n]), np.float64(x[start + s3 + p * n])
+            x4, x5 = np.float64(x[start + s4 + p * n]), np.float64(x[start + s5 + p * n])
             a, b = x4 - 4 / 9 * x2, (x3 - 4 / 9 * x1) * (3 / 2)
             c, d = x4 - 9 / 4 * x2, (x3 - 9 / 4 * x1) * (2 / 3)
             y[to + p] = x0 + x4 - 97 / 36 * x2
@@ -518,37 +550,43 @@ def _four_inputs(each):
     return step
 
 
-@inner
-def _four_weights(y, to, by, x, start, apart, length):
+def _four_weights(each, line):
     """What six products take of three weights."""
-    to, start, s1, s2 = np.uint64(to), np.uint64(start), np.uint64(apart), np.uint64(2 * apart)
-    t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
-    for p in range(np.uint64(length)):
-        w0, w1, w2 = x[start + p], x[start + s1 + p], x[start + s2 + p]
-        y[to + p] = w0
-        y[to + t1 + p] = (4 * w0 + 9 * w2 + 6 * w1) * (2 / 65)
-        y[to + t2 + p] = (4 * w0 + 9 * w2 - 6 * w1) * (2 / 65)
-        y[to + t3 + p] = (9 * w0 + 4 * w2 + 6 * w1) * (-9 / 130)
-        y[to + t4 + p] = (9 * w0 + 4 * w2 - 6 * w1) * (-9 / 130)
-        y[to + t5 + p] = w2
-
-
-def _four_outputs(each):
-    """Four outputs of six products."""
     @inner(of=each)
     def step(y, to, by, x, start, apart, length):
+        to, start, n, by = np.uint64(to), np.uint64(start), np.uint64(abs(each)), line or by
+        s1 = np.uint64(apart if each == 1 else each // 3)
+        s2 = np.uint64(2) * s1
+        t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
+        for p in range(np.uint64(length)):
+            w0, w1, w2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
+            y[to + p] = w0
+            y[to + t1 + p] = (4 * w0 + 9 * w2 + 6 * w1) * (2 / 65)
+            y[to + t2 + p] = (4 * w0 + 9 * w2 - 6 * w1) * (2 / 65)
+            y[to + t3 + p] = (9 * w0 + 4 * w2 + 6 * w1) * (-9 / 130)
+            y[to + t4 + p] = (9 * w0 + 4 * w2 - 6 * w1) * (-9 / 130)
+            y[to + t5 + p] = w2
+    return step
+
+
+def _four_outputs(each, line):
+    """Four outputs of six products."""
+    @inner(of=each)
+    def step(y, to, by, x, start, apart, length, bias):
+        by, apart = (line, apart) if each == 1 else (1, line)
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
         s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
-        s4, s5, t1 = np.uint64(4 * apart), np.uint64(5 * apart), np.uint64(by if each == 1 else 1)
-        t2, t3 = np.uint64(2) * t1, np.uint64(3) * t1
+        s4, s5 = np.uint64(4 * apart), np.uint64(5 * apart)
+        t1, t2, t3 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by)
+        more = 0.0 if each == 1 else bias
         for p in range(np.uint64(length)):
             m0, m1, m2 = np.float64(x[start + p]), np.float64(x[start + s1 + p]), np.float64(x[start + s2 + p])
             m3, m4, m5 = np.float64(x[start + s3 + p]), np.float64(x[start + s4 + p]), np.float64(x[start + s5 + p])
             a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-            y[to + p * n] = m0 + a + c
-            y[to + t1 + p * n] = 3 / 2 * b + 2 / 3 * d
-            y[to + t2 + p * n] = 9 / 4 * a + 4 / 9 * c
-            y[to + t3 + p * n] = 27 / 8 * b + 8 / 27 * d + m5
+            y[to + p * n] = m0 + a + c + more
+            y[to + t1 + p * n] = 3 / 2 * b + 2 / 3 * d + more
+            y[to + t2 + p * n] = 9 / 4 * a + 4 / 9 * c + more
+            y[to + t3 + p * n] = 27 / 8 * b + 8 / 27 * d + m5 + more
     return step
 
 
