@@ -377,8 +377,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     @inner(of=tile)
     def spread_weights(row, weight, first, count, side, kind, pitch, packed):
         """packed[(i * side + j) * kind + row * pitch + q] = what product (i, j) takes of the window first + q."""
-        a, b = np.empty(9 * TILES, dtype=np.float64), np.empty(SIDE * 3 * LINE, dtype=np.float64)
         zero, one, two, by = np.int64(0), np.int64(1), np.int64(2), np.int64(3 * LINE)
+        a, b = np.empty(np.int64(9 * TILES), dtype=np.float64), np.empty(SIDE * by, dtype=np.float64)
         for q in range(0, count, TILES):
             length = min(TILES, count - q)
             beside = 3 * length    # a column of all these windows, from top to bottom
@@ -1126,8 +1126,8 @@ class MaxPoolLayer(object):
         self.output_shape = (batch, channels, _windows(height, self.kernel_size, self.stride, 'inputs'),
                              _windows(width, self.kernel_size, self.stride, 'inputs'))
         self.input_shape = inputs.shape
-        outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
-        argidx = np.zeros(self.output_shape, dtype=np.int32)
+        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
+        argidx = np.empty(self.output_shape, dtype=np.int32)
         outputs, self.argidx = self._pool(outputs, inputs, argidx, self.kernel_size, self.stride)
         return outputs
 
@@ -1150,7 +1150,7 @@ class MaxPoolLayer(object):
         TypeError, ValueError
             As for forward.
         """
-        in_grad = np.zeros(_after_forward(self.input_shape))
+        in_grad = np.empty(_after_forward(self.input_shape))    # _pool_back clears it
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
         return self._pool_back(out_grad, in_grad, self.argidx, self.kernel_size, self.stride)
 
@@ -1176,15 +1176,19 @@ class MaxPoolLayer(object):
     @staticmethod
     @kernel(parallel=True)
     def _pool_back(out_grad, in_grad, argidx, kernel_size, stride):
-        """Add each gradient to in_grad where its maximum was found, and return in_grad.
+        """Fill in_grad: each gradient is added where its maximum was found, and the rest is 0.  Return it.
 
         Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.  Unsigned
         indices and divisions are faster: nothing can be negative.
         """
         batch, channels, out_height, out_width = out_grad.shape
+        height, width = in_grad.shape[2:]
         K, S = np.uint32(kernel_size), np.uint64(stride)
         for plane in prange(batch * channels):
             n, c = plane // channels, plane % channels
+            for h in range(height):
+                for w in range(width):
+                    in_grad[n, c, h, w] = 0
             for h in range(np.uint64(out_height)):
                 for w in range(np.uint64(out_width)):
                     index = np.uint32(argidx[n, c, h, w])

@@ -62,9 +62,9 @@ TODO = {
         return in_grad
 ''',
 }
-# ConvolutionLayer goes without the frame around the inputs and the one that is cut off in the end; in the handbook's
-# listing they are there.
-WITHOUT_FRAME = '''\
+# The lines around the calls of these, and the handbook's: a convolution with a frame around the inputs and one that is
+# cut off in the end, a pooling with arrays that are cleared beforehand.
+OUR_CALLS = '''\
         outputs = np.empty(self.output_shape, dtype=inputs.dtype)
         weight, bias = self._typed(inputs.dtype)
         return _outputs_of_inputs(inputs, outputs, weight, bias, self.kernel_size, self.stride, self.padding)
@@ -72,8 +72,13 @@ WITHOUT_FRAME = '''\
         in_grad = np.empty((batch, channels, height, width))
         return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
                                    self.padding)
+''', '''\
+        outputs = np.empty(self.output_shape, dtype=inputs.dtype)
+        argidx = np.empty(self.output_shape, dtype=np.int32)
+''', '''\
+        in_grad = np.empty(_after_forward(self.input_shape))    # _pool_back clears it
 '''
-WITH_FRAME = '''\
+HANDBOOKS_CALLS = '''\
         P = self.padding
         inputs_pad = np.zeros((batch, channels, height + 2 * P, width + 2 * P), dtype=inputs.dtype)
         inputs_pad[:, :, P:height + P, P:width + P] = inputs
@@ -85,6 +90,11 @@ WITH_FRAME = '''\
         in_grad = np.zeros((batch, channels, height + 2 * P, width + 2 * P))
         in_grad = self._conv_back(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride)
         return in_grad[:, :, P:height + P, P:width + P]
+''', '''\
+        outputs = np.zeros(self.output_shape, dtype=inputs.dtype)
+        argidx = np.zeros(self.output_shape, dtype=np.int32)
+''', '''\
+        in_grad = np.zeros(_after_forward(self.input_shape))
 '''
 HANDBOOK = {'ConvolutionLayer': '2.5.2.1', 'MaxPoolLayer': '2.5.2.2'}    # where the formulas are
 TODO_NETWORK = '        # TODO 根据网络图搭建VGG16模型\n'
@@ -184,8 +194,8 @@ def defined(node):
 
 def without_bodies(source):
     """A layer.py with its four bodies unwritten, and without what only they needed."""
-    for without, frame in zip(WITHOUT_FRAME, WITH_FRAME):
-        source = source.replace(without, frame)
+    for ours, handbooks in zip(OUR_CALLS, HANDBOOKS_CALLS):
+        source = source.replace(ours, handbooks)
     before = needed(ast.parse(source))
     roots = set(before) - set().union(*before.values())    # what nothing in the file needs is there for others
     source = edited(source, {place: TODO[key] for key, (_, place) in bodies(source).items()})

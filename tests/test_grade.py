@@ -41,9 +41,9 @@ with open({path!r}, encoding='utf-8') as file:
 for ours, handbooks in zip({ours!r}, {handbooks!r}):
     source = source.replace(ours, handbooks)
 exec(compile(source, {path!r}, 'exec'))
-'''.format(path=os.path.join(PROJECT, 'layer.py'), ours=handout.WITHOUT_FRAME, handbooks=[
+'''.format(path=os.path.join(PROJECT, 'layer.py'), ours=handout.OUR_CALLS, handbooks=[
     ' ' * 8 + '; '.join(map(str.strip, handbooks.splitlines())) + '\n' * ours.count('\n')
-    for ours, handbooks in zip(handout.WITHOUT_FRAME, handout.WITH_FRAME)])
+    for ours, handbooks in zip(handout.OUR_CALLS, handout.HANDBOOKS_CALLS)])
 
 
 def tiny(source):
