@@ -30,6 +30,7 @@ PITCH = BAND + 48    # between the sums of two channels: a power of two apart, t
 TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
+SHEET = 2**16 + 16   # between what two products take of all planes, or of all weights: nor here
 ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 LANES = 512          # partial sums of a dot product
 ASIDE = LANES + 16   # between those of two dot products: again no power of two
@@ -321,12 +322,11 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 
     The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
-    at to + i * by in y.  inputs_of(each, line), weights_of and outputs_of make the function.  Where each is not 1, the
-    numbers of a tile lie beside each other in a plane: x_i of tile p (or y_i, for outputs) is i + p * each numbers from
-    the start, whatever apart (or by) is; in windows that are turned round, each is negative, and so is i.  `line`, if
-    it is not 0, is the distance by (or apart, for outputs across), whatever is handed on.  It makes the lines of these
-    functions fast: as long as the compiler cannot know that two lines lie apart, it has to look in every call, and does
-    not take several numbers at a time where there are only some dozens.
+    at to + i * by in y.  inputs_of(each, by), weights_of(each, by) and outputs_of(each, line) make the function.  Where
+    each is not 1, the numbers of a tile lie beside each other in a plane: x_i of tile p (or y_i, for outputs) is i + p
+    * each numbers from the start, whatever apart (or by) is; in windows that are turned round, each is negative, and so
+    is i.  `line` is by, or apart where by is 1.  These are constants, because otherwise the compiler has to look in
+    every call whether two lines overlap, and does not take several numbers at a time where there are some dozens only.
 
     Returns a compiled function; the arguments are constants in it.  Its work, for one band of tiles after the other, so
     that the numbers are still in a cache for the next step:
@@ -345,13 +345,13 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     `back` turns the windows round and lets the inputs be what the weight calls outputs.
     """
-    spread_down, spread_across = inputs_of(1, ROW), inputs_of(tile, 0)
-    weights_down, weights_across = weights_of(-3 if back else 3, 3 * LINE), weights_of(1, 0)
+    spread_down, spread_across = inputs_of(1, ROW), inputs_of(tile, SHEET)
+    weights_down, weights_across = weights_of(-3 if back else 3, 3 * LINE), weights_of(1, SHEET)
     gather_down, gather_across = outputs_of(1, LINE), outputs_of(tile, SIDE * LINE)
 
     @inner(of=tile)
-    def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, sheet, v):
-        """v[(i * side + j) * sheet + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
+    def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, v):
+        """v[(i * side + j) * SHEET + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
         numbers, by, one = np.int64(SIDE * ROW), np.int64(ROW), np.int64(1)
         a, b = np.empty(numbers, dtype=x.dtype), np.empty(numbers, dtype=np.float64)
         for h in range(first // across, (first + length - 1) // across + 1):
@@ -360,61 +360,60 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             left = max(0, min(columns, -shift))    # the first of these tiles' columns that is inside the plane
             right = max(left, min(columns, width - shift))    # and the first one behind it
             if y >= 0 and y + side <= height:
-                spread_down(b, left, by, x, ((plane + k) * height + y) * width + shift + left, width, right - left)
+                spread_down(b, left, x, ((plane + k) * height + y) * width + shift + left, width, right - left)
             else:
                 for i in range(side):    # some of the rows are zeros
                     _cut(a, i * ROW, left, right, x, ((plane + k) * height + y + i) * width,
                          width if 0 <= y + i < height else 0, shift, one)
-                spread_down(b, left, by, a, left, by, right - left)
+                spread_down(b, left, a, left, by, right - left)
             for i in range(side):
                 for w in range(left):
                     b[i * ROW + w] = 0
                 for w in range(right, columns):
                     b[i * ROW + w] = 0
-                spread_across(v, i * side * sheet + k * line + h * across + begin - first, sheet, b, i * ROW, one,
-                              end - begin)
+                spread_across(v, i * side * SHEET + k * line + h * across + begin - first, b, i * ROW, one, end - begin)
 
     @inner(of=tile)
-    def spread_weights(row, weight, first, count, side, kind, pitch, packed):
-        """packed[(i * side + j) * kind + row * pitch + q] = what product (i, j) takes of the window first + q."""
+    def spread_weights(row, weight, first, count, side, pitch, packed):
+        """packed[(i * side + j) * SHEET + row * pitch + q] = what product (i, j) takes of the window first + q."""
         zero, one, two, by = np.int64(0), np.int64(1), np.int64(2), np.int64(3 * LINE)
         a, b = np.empty(np.int64(9 * TILES), dtype=np.float64), np.empty(SIDE * by, dtype=np.float64)
         for q in range(0, count, TILES):
             length = min(TILES, count - q)
             beside = 3 * length    # a column of all these windows, from top to bottom
             _columns(a, 2 * beside if back else zero, -beside if back else beside, weight, (first + q) * 9, beside)
-            weights_down(b, zero, by, a, two if back else zero, one, beside)    # three columns in one
+            weights_down(b, zero, a, two if back else zero, one, beside)    # three columns in one
             for i in range(side):
-                weights_across(packed, i * side * kind + row * pitch + q, kind, b, i * by, length, length)
+                weights_across(packed, i * side * SHEET + row * pitch + q, b, i * by, length, length)
 
     @inner(parallel=True, of=tile)
-    def spread(planes, kind, of_rows, x, plane, height, width, frame, first, length, across, side, line, sheet, v,
-               weight, channels, top, count, pitch, packed):
+    def spread(planes, of_rows, x, plane, height, width, frame, first, length, across, side, line, v, weight, channels,
+               top, count, pitch, packed):
         """Step 1: each job takes one of the planes, if there are any to be taken, and its share of the weights."""
         for index in prange(planes):
             job = np.int64(index)
             if top == 0:
-                spread_plane(job, x, plane, height, width, frame, first, length, across, side, line, sheet, v)
+                spread_plane(job, x, plane, height, width, frame, first, length, across, side, line, v)
             for row in range(job * of_rows // planes, (job + 1) * of_rows // planes):
                 window = row * channels + top if back else (top + row) * planes
-                spread_weights(row, weight, window, count, side, kind, pitch, packed)
+                spread_weights(row, weight, window, count, side, pitch, packed)
 
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
         """The outputs of one channel, of its sums m[(i * side + j) * channels + o], a line each."""
         b, last = np.empty(np.int64(SIDE * SIDE * LINE), dtype=np.float64), np.empty(np.int64(SIDE), dtype=plane.dtype)
-        zero, one, by, apart = np.int64(0), np.int64(1), np.int64(LINE), np.int64(SIDE * LINE)
+        zero, one, apart = np.int64(0), np.int64(1), np.int64(SIDE * LINE)
         for j in range(side):
-            gather_down(b, j * apart, by, m, (j * channels + o) * line, side * channels * line, length, 0.0)
+            gather_down(b, j * apart, m, (j * channels + o) * line, side * channels * line, length, 0.0)
         height, width = plane.shape
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
             whole = min(end, width // tile)
             for i in range(min(tile, height - h * tile)):
                 row, start = plane[h * tile + i], i * LINE + h * across - first
-                gather_across(row, begin * tile, one, b, start + begin, apart, whole - begin, bias)
+                gather_across(row, begin * tile, b, start + begin, apart, whole - begin, bias)
                 if whole < end:    # the last tile lies across the edge of the plane
-                    gather_across(last, zero, one, b, start + whole, apart, one, bias)
+                    gather_across(last, zero, b, start + whole, apart, one, bias)
                     for w in range(whole * tile, width):
                         row[w] = last[w - whole * tile]
 
@@ -428,21 +427,21 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     @inner(of=tile)
     def winograd(x, height, width, frame, weight, bias, out):
         batch, channels, out_height, out_width = out.shape
-        zero, one, side = np.int64(0), np.int64(1), np.int64(tile + 2)    # numba would compile once more for plain ints
+        # numba would compile once more for plain ints
+        zero, one, side, kind = np.int64(0), np.int64(1), np.int64(tile + 2), np.int64(SHEET)
         products, planes = side * side, len(weight) // 9 // channels
         across = (out_width + tile - 1) // tile
         tiles = (out_height + tile - 1) // tile * across
-        bands = (tiles + TILES - 1) // TILES
+        most = min(TILES, SHEET // planes // 16 * 16)
+        bands = (tiles + most - 1) // most
         line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
-        sheet = planes * line + 16    # no power of two, as above
         block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # more is not faster
         turned = back and line * out.itemsize <= 128    # at most two vectors of tiles: see above
         rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
-        kind = rows * pitch + 16    # nor here
         packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
         eights = one if out.itemsize == 4 else zero
-        v = _aligned(np.empty(products * sheet + 16, dtype=out.dtype))
+        v = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
         m = _aligned(np.empty(products * block * line + 16, dtype=out.dtype))
         nothing = np.zeros(max(channels, line), dtype=out.dtype)
         reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
@@ -453,27 +452,26 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             length = min(line, tiles - first)
             for top in range(0, channels, block):
                 mine = min(block, channels - top)
-                spread(planes, kind, (planes if back else mine) if index == 0 or block < channels else zero,
-                       x, n * planes, height, width, frame, first, length, across, side, line, sheet, v,
-                       weight, channels, top, mine if back else planes, pitch, packed)
+                spread(planes, (planes if back else mine) if index == 0 or block < channels else zero, x, n * planes,
+                       height, width, frame, first, length, across, side, line, v, weight, channels, top,
+                       mine if back else planes, pitch, packed)
                 if turned:
-                    _correlate(packed, kind, pitch, picks, eights, v, sheet, one, reads, nothing[:length],
+                    _correlate(packed, kind, pitch, picks, eights, v, kind, one, reads, nothing[:length],
                                m, products, mine * line, zero, one, zero, line, one, mine)
                 else:
-                    _correlate(v, sheet, line, reads, eights, packed, kind, one if back else pitch, picks,
+                    _correlate(v, kind, line, reads, eights, packed, kind, one if back else pitch, picks,
                                nothing[:mine], m, products, mine * line, zero, line, zero, one, one, length)
                 gather(m, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
 
 
-def _three_inputs(each, line):
+def _three_inputs(each, by):
     """What five products take of five inputs: two polynomials multiplied by way of 0, 1, -1/2, -2 and infinity."""
     @inner(of=each)
-    def step(y, to, by, x, start, apart, length):
+    def step(y, to, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
-        by = line or by
         t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
         # across, a tile begins with the two numbers that the one before ends with
         x3, x4 = (0.0, 0.0) if each == 1 else (np.float64(x[start]), np.float64(x[start + s1]))
@@ -489,11 +487,11 @@ def _three_inputs(each, line):
     return step
 
 
-def _three_weights(each, line):
+def _three_weights(each, by):
     """What five products take of three weights."""
     @inner(of=each)
-    def step(y, to, by, x, start, apart, length):
-        to, start, n, by = np.uint64(to), np.uint64(start), np.uint64(abs(each)), line or by
+    def step(y, to, x, start, apart, length):
+        to, start, n = np.uint64(to), np.uint64(start), np.uint64(abs(each))
         s1 = np.uint64(apart if each == 1 else each // 3)
         s2 = np.uint64(2) * s1
         t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
@@ -510,7 +508,7 @@ def _three_weights(each, line):
 def _three_outputs(each, line):
     """Three outputs of five products."""
     @inner(of=each)
-    def step(y, to, by, x, start, apart, length, bias):
+    def step(y, to, x, start, apart, length, bias):
         by, apart = (line, apart) if each == 1 else (1, line)
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
         s1, s2, s3, s4 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart), np.uint64(4 * apart)
@@ -525,13 +523,13 @@ def _three_outputs(each, line):
     return step
 
 
-def _four_inputs(each, line):
+def _four_inputs(each, by):
     """What six products take of six inputs: the same by way of 0, 3/2, -3/2, 2/3, -2/3 and infinity."""
     @inner(of=each)
-    def step(y, to, by, x, start, apart, length):
+    def step(y, to, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
-        s5, by = np.uint64(5) * s1, line or by
+        s5 = np.uint64(5) * s1
         t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
         # as above
         x4, x5 = (0.0, 0.0) if each == 1 else (np.float64(x[start]), np.float64(x[start + s1]))
@@ -550,11 +548,11 @@ def _four_inputs(each, line):
     return step
 
 
-def _four_weights(each, line):
+def _four_weights(each, by):
     """What six products take of three weights."""
     @inner(of=each)
-    def step(y, to, by, x, start, apart, length):
-        to, start, n, by = np.uint64(to), np.uint64(start), np.uint64(abs(each)), line or by
+    def step(y, to, x, start, apart, length):
+        to, start, n = np.uint64(to), np.uint64(start), np.uint64(abs(each))
         s1 = np.uint64(apart if each == 1 else each // 3)
         s2 = np.uint64(2) * s1
         t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
@@ -572,7 +570,7 @@ def _four_weights(each, line):
 def _four_outputs(each, line):
     """Four outputs of six products."""
     @inner(of=each)
-    def step(y, to, by, x, start, apart, length, bias):
+    def step(y, to, x, start, apart, length, bias):
         by, apart = (line, apart) if each == 1 else (1, line)
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
         s1, s2, s3 = np.uint64(apart), np.uint64(2 * apart), np.uint64(3 * apart)
@@ -596,8 +594,9 @@ _winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_output
 
 @inner
 def _winograd_pays(in_channels, out_channels, out_height, out_width):
-    """Whether there are enough channels and positions to share the sums that are made beforehand."""
-    return min(in_channels, out_channels) >= 32 and min(out_height, out_width) >= 14
+    """Whether there are enough channels and positions to share the sums that are made beforehand, and room for them."""
+    return 32 <= min(in_channels, out_channels) <= max(in_channels, out_channels) <= SHEET // 16 and (
+        min(out_height, out_width) >= 14)
 
 
 # --------------------------------------------------------------------------------------- convolution, both ways
