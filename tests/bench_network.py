@@ -144,7 +144,9 @@ def passes(model, x, repeats, end='', all_rows=True):
     def backward():
         return silent(lambda: model.backward(out_grad))
 
-    works = {'forward': forward, 'backward': backward}
+    works, plain = {'forward': forward, 'backward': backward}, []
+    if all_rows:
+        works['textbook'] = lambda: plain.append(textbook_seconds(model))
     if get_num_threads() > 1 and all_rows:
         works.update({'forward 1': on_one_thread(forward), 'backward 1': on_one_thread(backward)})
     if torch:
@@ -161,6 +163,7 @@ def passes(model, x, repeats, end='', all_rows=True):
         works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
     say('whole passes')
     in_turns(works, 1)
+    plain.clear()
     times = in_turns(works, repeats)
     lines = []
     if torch:
@@ -169,7 +172,7 @@ def passes(model, x, repeats, end='', all_rows=True):
     if not all_rows:
         return '\n'.join(lines)
     both = np.add(times['forward'], times['backward'])
-    lines.append(row('textbook / ours, forward and backward' + end, [textbook_seconds(model)], both))
+    lines.append(row('textbook / ours, forward and backward' + end, plain, both))
     if 'forward 1' in times:
         lines.append(row('one thread / %d threads, both passes%s' % (get_num_threads(), end),
                          np.add(times['forward 1'], times['backward 1']), both))
@@ -179,16 +182,15 @@ def passes(model, x, repeats, end='', all_rows=True):
 def textbook_seconds(model):
     """One forward and one backward pass with the textbook's loops: convolutions (two channels of each, scaled up),
     poolings and fully connected layers; what is between them is left out."""
+    say('textbook')
     total = 0
     names = [name for name in model.graph_layers if 'conv' in name or 'maxpool' in name]
     for steps in ladders_of(names, Machine(1, 1, 1), channels=2):
-        say('textbook: %s' % steps.title)
         work = {TEXTBOOK: steps.rungs[TEXTBOOK]}
         in_turns(work, 1)
         total += in_turns(work, 1)[TEXTBOOK][0] / steps.part
     for name, layer in model.graph_layers.items():
         if 'fullyconnect' in name:
-            say('textbook: %s' % name)
             x, y = np.ones((1, layer.in_features), np.float32), np.ones((1, layer.out_features), np.float32)
             works = {'forward': lambda: textbook.fully_connect(x, y, layer.weight, layer.bias),
                      'backward': lambda: textbook.fully_connect_back(y, x, layer.weight)}
