@@ -1156,19 +1156,22 @@ class MaxPoolLayer(object):
     @staticmethod
     @kernel(parallel=True)
     def _pool(outputs, inputs, argidx, kernel_size, stride):
-        """Fill outputs and argidx and return both: a row of windows at a time, one (i, j) after another."""
+        """Fill outputs and argidx and return both: some rows of windows at a time, one (i, j) after another."""
         batch, channels, out_height, out_width = outputs.shape
+        some = max(1, 512 // out_width)    # short rows one by one would take longer
         for plane in prange(batch * channels):
             n, c = plane // channels, plane % channels
-            numbers = np.empty(out_width, dtype=inputs.dtype)
-            for h in range(out_height):
-                best, index = outputs[n, c, h], argidx[n, c, h]
-                for w in range(out_width):
+            numbers = np.empty(some * out_width, dtype=inputs.dtype)
+            for first in range(0, out_height, some):
+                last = min(out_height, first + some)
+                best = outputs[n, c].reshape(-1)[first * out_width:last * out_width]
+                index = argidx[n, c].reshape(-1)[first * out_width:last * out_width]
+                for w in range(len(best)):
                     best[w], index[w] = -np.inf, 0
                 for i in range(kernel_size):
-                    row = inputs[n, c, h * stride + i]
                     for j in range(kernel_size):
-                        _copy(numbers, np.int64(0), row, j, stride, out_width)
+                        for h in range(first, last):
+                            _copy(numbers, (h - first) * out_width, inputs[n, c, h * stride + i], j, stride, out_width)
                         _take_larger(best, index, numbers, np.int32(i * kernel_size + j))
         return outputs, argidx
 
