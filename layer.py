@@ -268,18 +268,6 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
                              channel, picks, bias, out, n * size + to, plane, down, across, height, width)
 
 
-@inner
-def _cut(out, to, begin, end, x, line, width, shift, step):
-    """out[to + w] = x[line + w * step + shift] for begin <= w < end, or 0 where that column is not one of the width."""
-    left = max(begin, min(end, -(shift // step)))                # the first column inside
-    right = max(left, min(end, -((shift - width) // step)))      # and the first one behind it
-    for w in range(begin, left):
-        out[to + w] = 0
-    for w in range(right, end):
-        out[to + w] = 0
-    _copy(out, to + left, x, line + left * step + shift, step, right - left)
-
-
 @inner(parallel=True)
 def _split(x, planes, height, width, frame, step, used, rows, columns, parts):
     """Put a frame of zeros around each plane and split it into parts that a stride of `step` reads in one go.
@@ -293,10 +281,17 @@ def _split(x, planes, height, width, frame, step, used, rows, columns, parts):
         plane = np.int64(index)
         for i in range(used):
             for j in range(used):
+                left = max(0, min(columns, -((j - frame) // step)))    # the first column inside the plane
+                right = max(left, min(columns, -((j - frame - width) // step)))    # and the first one behind it
                 for h in range(rows):
-                    y = h * step + i - frame
-                    _cut(parts, (((plane * used + i) * used + j) * rows + h) * columns, np.int64(0), columns, x,
-                         (plane * height + y) * width, width if 0 <= y < height else 0, j - frame, step)
+                    to, y = (((plane * used + i) * used + j) * rows + h) * columns, h * step + i - frame
+                    begin, end = (left, right) if 0 <= y < height else (columns, columns)
+                    for w in range(begin):
+                        parts[to + w] = 0
+                    for w in range(end, columns):
+                        parts[to + w] = 0
+                    _copy(parts, to + begin, x, (plane * height + y) * width + begin * step + j - frame, step,
+                          end - begin)
 
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
@@ -359,12 +354,16 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             y, shift, columns = h * tile - frame, begin * tile - frame, (end - begin) * tile + side - tile
             left = max(0, min(columns, -shift))    # the first of these tiles' columns that is inside the plane
             right = max(left, min(columns, width - shift))    # and the first one behind it
+            corner = ((plane + k) * height + y) * width + shift + left
             if y >= 0 and y + side <= height:
-                spread_down(b, left, x, ((plane + k) * height + y) * width + shift + left, width, right - left)
+                spread_down(b, left, x, corner, width, right - left)
             else:
                 for i in range(side):    # some of the rows are zeros
-                    _cut(a, i * ROW, left, right, x, ((plane + k) * height + y + i) * width,
-                         width if 0 <= y + i < height else 0, shift, one)
+                    if 0 <= y + i < height:
+                        _copy(a, i * by + left, x, corner + i * width, one, right - left)
+                    else:
+                        for w in range(left, right):
+                            a[i * by + w] = 0
                 spread_down(b, left, a, left, by, right - left)
             for i in range(side):
                 for w in range(left):
