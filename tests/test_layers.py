@@ -136,6 +136,22 @@ def test_convolution_of_many_channels_is_the_formula(case, dtype):
 
 
 @backward_stage
+@pytest.mark.parametrize('channels, same', [(4097, False), (4098, True)])
+def test_more_channels_than_there_is_room_for_keep_the_order_of_the_formula(channels, same):
+    layer, inputs, inputs_pad = convolution((1, channels, 32, 14, 14, 3, 1, 1))
+    outputs = layer.forward(inputs)
+    expected = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-10, atol=1e-10)
+    assert (outputs == expected).all() == same
+    layer, inputs, inputs_pad = convolution((1, 32, channels, 14, 14, 3, 1, 1))
+    out_grad = numbers(*layer.forward(inputs).shape, seed=1)
+    expected = textbook.conv_back(out_grad, np.zeros_like(inputs_pad), layer.weight, 3, 1)[:, :, 1:15, 1:15]
+    in_grad = layer.backward(out_grad)
+    np.testing.assert_allclose(in_grad, expected, rtol=1e-10, atol=1e-10)
+    assert (in_grad == expected).all() == same
+
+
+@backward_stage
 @pytest.mark.parametrize('case', MANY_CHANNELS)
 def test_convolution_gradient_of_many_channels_is_the_formula(case):
     """Added to what is there, as the formula adds it; and by itself, where the layer leaves out the frame."""
