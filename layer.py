@@ -431,11 +431,11 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         products, planes = side * side, len(weight) // 9 // channels
         across = (out_width + tile - 1) // tile
         tiles = (out_height + tile - 1) // tile * across
-        most = min(TILES, SHEET // planes // 16 * 16)
+        most = min(3 * TILES // 4 if back else TILES, SHEET // planes // 16 * 16)    # float64 fills the caches sooner
         bands = (tiles + most - 1) // most
         line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
-        block = min(channels, max(1, 2**20 // (products * (planes + 4) * GROUP)) * GROUP)    # more is not faster
+        block = min(channels, 512 // out.itemsize, (SHEET // planes - 8) // 8 * 8)    # of output channels; in a cache
         turned = back and line * out.itemsize <= 128    # at most two vectors of tiles: see above
         rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
         packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
