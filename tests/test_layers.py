@@ -136,7 +136,7 @@ def test_convolution_of_many_channels_is_the_formula(case, dtype):
 
 
 @backward_stage
-@pytest.mark.parametrize('channels, same', [(4097, False), (4098, True)])
+@pytest.mark.parametrize('channels, same', [(2850, False), (4097, False), (4098, True)])
 def test_more_channels_than_there_is_room_for_keep_the_order_of_the_formula(channels, same):
     layer, inputs, inputs_pad = convolution((1, channels, 32, 14, 14, 3, 1, 1))
     outputs = layer.forward(inputs)
