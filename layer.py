@@ -435,7 +435,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         bands = (tiles + most - 1) // most
         line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
-        # output channels at a time: eight vectors, so that less falls out of a cache, if a sheet has room for their weights
+        # output channels at a time: eight vectors, so that less falls out of a cache, or what a sheet has room for
         block = min(channels, 512 // out.itemsize, (SHEET // planes - 8) // 8 * 8)
         turned = back and line * out.itemsize <= 128    # at most two vectors of tiles: see above
         rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
