@@ -9,12 +9,14 @@ Three rules make the loops below fast without making their results depend on the
 
 * the innermost loop runs along memory, so that the processor takes 8 or 16 numbers at a time;
 * a number that was read is used several times before the next one is read;
-* a thread writes only what it owns, and adds it up in one fixed order: any number of threads, the same bits.
+* a thread writes only what it owns, and adds it up in one fixed order: any number of threads, the same bits, whichever
+  of them comes to do what.
 
 ``tests/textbook.py`` holds the same formulas as the plainest loops there are.
 """
 import numpy as np
-from numba import get_num_threads, jit, prange
+from numba import get_num_threads, jit, prange, types
+from numba.extending import intrinsic
 
 # 'contract' lets the compiler round a * b + c once instead of twice (a fused multiply-add).  It is the one
 # freedom given to it: the order of every sum stays as written.  It makes the convolutions about 1.5 times
@@ -25,7 +27,7 @@ get_num_threads()    # starts them: some versions of numba do not, for machine c
 
 GROUP = 4            # output channels of a convolution that share each number that is read
 BAND = 512           # positions of a plane that one piece of a convolution covers, at most
-JOBS = 64            # that the pieces of a convolution are shared out to, at most
+JOBS = 64            # that a step of a convolution is shared out to, at most
 PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
 TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
@@ -66,6 +68,47 @@ def inner(function=None, parallel=False, of=''):
         return lambda function: inner(function, parallel, of)
     function.__qualname__ += str(of)
     return jit(parallel=parallel, no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)(function)
+
+
+# ------------------------------------------------------------------------------------ jobs that threads share
+
+@intrinsic
+def _add_one(typing, counts, k):
+    """counts[k] += 1, and what it was before: no other thread can come in between.
+
+    No loop can say that.  It is one instruction of the processor, which numba has to be told in its compiler's terms.
+    """
+    def instruction(context, builder, signature, arguments):
+        array = context.make_array(counts)(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        return builder.atomic_rmw('add', place, context.get_constant(types.int64, 1), 'monotonic')
+    return types.int64(counts, k), instruction
+
+
+@inner
+def _nothing_taken(jobs):
+    """What _next_job counts in: how often each job was asked for."""
+    taken = np.empty(jobs, dtype=np.int64)
+    for job in range(jobs):
+        taken[job] = 0
+    return taken
+
+
+@inner
+def _next_job(taken, first):
+    """The first job from `first` on, and round to it again, that no thread has taken: now it is taken.  -1: none left.
+
+    prange deals out the same number of neighbouring jobs to each thread and then waits for the slowest, whose core may
+    be a smaller one or busy with other programs.  A thread that asks here begins with its own jobs as well, for which
+    most of what it needs is in its cache, but goes on with those that others have not come to.  What a job computes
+    does not depend on who does it.
+    """
+    jobs = len(taken)
+    for k in range(first, first + jobs):
+        job = k - jobs if k >= jobs else k
+        if taken[job] == 0 and _add_one(taken, job) == 0:
+            return job
+    return np.int64(-1)
 
 
 # ---------------------------------------------------------------------------------------- convolution loops
@@ -212,7 +255,7 @@ def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eig
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
     w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
     done = np.int64(0)
-    if eights == 1:
+    if eights is not None and eights == 1:
         _add_eights(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
         done = len(reads) // 8 * 8
     _add_taps(acc, length, x, start, done, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
@@ -247,7 +290,8 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
 
     A piece of the work is up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
     fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` is 1: see
-    _add_eights.  A job takes some pieces, one after the other.
+    _add_eights.  (For gradients it is None, and numba does not compile those loops for them.)  A job takes
+    some pieces, one after the other.
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
@@ -258,14 +302,17 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
         furthest = max(furthest, reads[t])
     pieces = images * bands * groups
     jobs = min(pieces, JOBS)
+    taken = _nothing_taken(jobs)
     for index in prange(jobs):
-        job = np.int64(index)    # a prange counts in uint64, and numba would compile what follows for both
         numbers = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
         acc = _aligned(np.empty(numbers, dtype=x.dtype))
-        for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
-            n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
-            _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight, kind,
-                             channel, picks, bias, out, n * size + to, plane, down, across, height, width)
+        job = _next_job(taken, np.int64(index))    # prange counts in uint64: numba would compile what follows for both
+        while job >= 0:
+            for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
+                n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
+                _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight,
+                                 kind, channel, picks, bias, out, n * size + to, plane, down, across, height, width)
+            job = _next_job(taken, job)
 
 
 @inner(parallel=True)
@@ -388,14 +435,19 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     @inner(parallel=True, of=tile)
     def spread(planes, of_rows, x, plane, height, width, frame, first, length, across, side, line, v, weight, channels,
                top, count, pitch, packed):
-        """Step 1: each job takes one of the planes, if there are any to be taken, and its share of the weights."""
-        for index in prange(planes):
-            job = np.int64(index)
-            if top == 0:
-                spread_plane(job, x, plane, height, width, frame, first, length, across, side, line, v)
-            for row in range(job * of_rows // planes, (job + 1) * of_rows // planes):
-                window = row * channels + top if back else (top + row) * planes
-                spread_weights(row, weight, window, count, side, pitch, packed)
+        """Step 1: a job takes some of the planes, if there are any to be taken, and its share of the weights."""
+        jobs = min(planes, JOBS)
+        taken = _nothing_taken(jobs)
+        for index in prange(jobs):
+            job = _next_job(taken, np.int64(index))
+            while job >= 0:
+                if top == 0:
+                    for k in range(job * planes // jobs, (job + 1) * planes // jobs):
+                        spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, v)
+                for row in range(job * of_rows // jobs, (job + 1) * of_rows // jobs):
+                    window = row * channels + top if back else (top + row) * planes
+                    spread_weights(row, weight, window, count, side, pitch, packed)
+                job = _next_job(taken, job)
 
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
@@ -419,9 +471,14 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     @inner(parallel=True, of=tile)
     def gather(m, channels, line, first, length, across, side, bias, out, n, top):
         """Step 3: the outputs of image n from channel `top` on; what lies past the edge of a plane is dropped."""
-        for index in prange(channels):
-            o = np.int64(index)
-            gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
+        jobs = min(channels, JOBS)
+        taken = _nothing_taken(jobs)
+        for index in prange(jobs):
+            job = _next_job(taken, np.int64(index))
+            while job >= 0:
+                for o in range(job * channels // jobs, (job + 1) * channels // jobs):
+                    gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
+                job = _next_job(taken, job)
 
     @inner(of=tile)
     def winograd(x, height, width, frame, weight, bias, out):
@@ -440,7 +497,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         turned = back and line * out.itemsize <= 128    # at most two vectors of tiles: see above
         rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
         packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
-        eights = one if out.itemsize == 4 else zero
+        eights = None if back else one if out.itemsize == 4 else zero
         v = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
         m = _aligned(np.empty(products * block * line + 16, dtype=out.dtype))
         nothing = np.zeros(max(channels, line), dtype=out.dtype)
@@ -678,7 +735,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
-        _correlate(x, out_channels * rows * columns, columns, reads, np.int64(0), typed, np.int64(0), K * K, picks,
+        _correlate(x, out_channels * rows * columns, columns, reads, None, typed, np.int64(0), K * K, picks,
                    nothing, numbers, batch, in_channels * height * width, a * width + b, height * width, S * width, S,
                    high, broad)
     return in_grad

@@ -1,0 +1,51 @@
+"""The jobs that threads share: each is done once, and those of a slow thread by the others."""
+import numpy as np
+import pytest
+from numba import get_num_threads, jit, prange
+
+from layer import _add_one, _next_job, _nothing_taken
+
+
+@jit(nopython=True, parallel=True)
+def count(done):
+    """done[job] += 1 for every job."""
+    taken = _nothing_taken(len(done))
+    for index in prange(len(done)):
+        job = _next_job(taken, np.int64(index))
+        while job >= 0:
+            done[job] += 1
+            job = _next_job(taken, job)
+
+
+@jit(nopython=True, parallel=True)
+def wait_for_others(jobs, done, seen):
+    """done[0] counts jobs; the first job ends when all others are done, or after many looks.  seen: how many it saw.
+
+    To look is to count, too: the compiler reads a number that only others change once.
+    """
+    taken = _nothing_taken(jobs)
+    for index in prange(jobs):
+        job = _next_job(taken, np.int64(index))
+        while job >= 0:
+            others, looks = _add_one(done, np.int64(0)), np.int64(1)
+            if job == 0:
+                while others < jobs - 1 and looks < 10**9:
+                    others = _add_one(done, np.int64(0)) - looks
+                    looks += 1
+                seen[0] = others
+            job = _next_job(taken, job)
+
+
+@pytest.mark.parametrize('jobs', [0, 1, 2, 7, 64])
+def test_each_job_is_done_once(jobs):
+    done = np.zeros(jobs, np.int64)
+    for _ in range(2000):
+        count(done)
+    np.testing.assert_array_equal(done, 2000)
+
+
+@pytest.mark.skipif(get_num_threads() == 1, reason='one thread only')
+def test_jobs_of_a_slow_thread_are_done_by_others():
+    jobs, seen = 1000, np.zeros(1, np.int64)
+    wait_for_others(jobs, np.zeros(1, np.int64), seen)
+    assert seen[0] == jobs - 1
