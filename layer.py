@@ -290,8 +290,8 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
 
     A piece of the work is up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
     fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` is 1: see
-    _add_eights.  (For gradients it is None, and numba does not compile those loops for them.)  A job takes
-    some pieces, one after the other.
+    _add_eights.  (For gradients it is None, and numba does not compile those loops for them.)  A job takes some pieces,
+    one after the other.
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
