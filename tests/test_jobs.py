@@ -3,37 +3,37 @@ import numpy as np
 import pytest
 from numba import get_num_threads, jit, prange
 
-from layer import _add_one, _next_job, _nothing_taken
+import layer    # not its names: in a layer.py that shares no jobs these tests fail, and no others
 
 
 @jit(nopython=True, parallel=True)
 def count(done):
     """done[job] += 1 for every job."""
-    taken = _nothing_taken(len(done))
+    taken = layer._nothing_taken(len(done))
     for index in prange(len(done)):
-        job = _next_job(taken, np.int64(index))
+        job = layer._next_job(taken, np.int64(index))
         while job >= 0:
             done[job] += 1
-            job = _next_job(taken, job)
+            job = layer._next_job(taken, job)
 
 
 @jit(nopython=True, parallel=True)
 def wait_for_others(jobs, done, seen):
     """done[0] counts jobs; the first job ends when all others are done, or after many looks.  seen: how many it saw.
 
-    To look is to count, too: the compiler reads a number that only others change once.
+    To look is to count, too: a number that it only reads, the compiler would read once.
     """
-    taken = _nothing_taken(jobs)
+    taken = layer._nothing_taken(jobs)
     for index in prange(jobs):
-        job = _next_job(taken, np.int64(index))
+        job = layer._next_job(taken, np.int64(index))
         while job >= 0:
-            others, looks = _add_one(done, np.int64(0)), np.int64(1)
+            others, looks = layer._add_one(done, np.int64(0)), np.int64(1)
             if job == 0:
                 while others < jobs - 1 and looks < 10**9:
-                    others = _add_one(done, np.int64(0)) - looks
+                    others = layer._add_one(done, np.int64(0)) - looks
                     looks += 1
                 seen[0] = others
-            job = _next_job(taken, job)
+            job = layer._next_job(taken, job)
 
 
 @pytest.mark.parametrize('jobs', [0, 1, 2, 7, 64])
