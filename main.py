@@ -27,7 +27,7 @@ os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))
 import cv2                      # noqa: E402
 import numpy as np              # noqa: E402
 
-from file import ahead, checkpoint, memory    # noqa: E402
+from file import ahead, checkpoint, memory, once    # noqa: E402
 from loss import CrossEntropy   # noqa: E402
 from vgg import VGG16           # noqa: E402
 
@@ -231,4 +231,5 @@ def main(argv=None):
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
     memory.keep_what_is_freed()
+    once.compile_once()
     sys.exit(main())

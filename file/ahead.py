@@ -76,5 +76,7 @@ def compile_late_loops():
 
 if __name__ == '__main__':
     sys.path[0] = PROJECT
+    from file import once
+    once.compile_once()
     gc.disable()    # the process ends before it would pay
     compile_late_loops()

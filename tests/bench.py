@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import ladder                                # noqa: E402
 import textbook                              # noqa: E402
-from file import picture                     # noqa: E402
+from file import once, picture               # noqa: E402
 from layer import MaxPoolLayer               # noqa: E402
 from vgg import VGG16, _count                # noqa: E402
 
@@ -292,4 +292,5 @@ def main():
 
 
 if __name__ == '__main__':
+    once.compile_once()
     main()

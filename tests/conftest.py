@@ -9,6 +9,9 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, PROJECT)
 
 import handout    # noqa: E402
+from file import once    # noqa: E402
+
+once.compile_once()
 
 STAGES = {'stage60': 'the network is built and its parameters load',
           'stage80': 'the forward pass is right',

@@ -54,7 +54,8 @@ def main(folder, package, seed, ckpt, *pictures):
     from loss import CrossEntropy
     from main import process_image
     from vgg import VGG16
-    from file import checkpoint
+    from file import checkpoint, once
+    once.compile_once()
 
     layers = VGG16().graph_layers
     shapes = {name: layer.weight_shape for name, layer in layers.items() if hasattr(layer, 'weight_shape')}

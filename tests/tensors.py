@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import main                        # noqa: E402
-from file import checkpoint        # noqa: E402
+from file import checkpoint, once  # noqa: E402
 from loss import CrossEntropy      # noqa: E402
 from vgg import VGG16              # noqa: E402
 
@@ -49,5 +49,6 @@ def tensors(image, ckpt=None, label=1):
 
 if __name__ == '__main__':
     arguments = main.arguments_of(sys.argv[1:])
+    once.compile_once()
     for text in tensors(arguments.image, arguments.ckpt, arguments.label):
         print(text)

@@ -1,0 +1,81 @@
+"""Let numba optimise a loop once, in the function that Python calls, not again in each function on the way there.
+
+numba hands every function that it compiles to LLVM by itself, with all that it calls linked into it: each loop of
+prange, each of the two wrappers around that, and each function that only others call.  All of them are optimised as
+they stand and made machine code of, although nothing but the last one is ever run: a loop that is five calls deep
+comes to it ten times.  That was half of the time that a first run took to compile.
+
+Here a function waits: it goes into its callers as it is, and to the optimiser and into machine code when numba asks
+for an address in it.  None of numba's own steps is changed, only when they are taken.
+"""
+try:
+    from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
+    from numba.core.environment import lookup_environment
+    from numba.core.registry import cpu_target
+except ImportError:    # built otherwise than the versions that were tried, 0.56 to 0.68
+    JITCodeLibrary = JITCPUCodegen = object
+
+
+class WaitingLibrary(JITCodeLibrary):
+    """What numba has of one compiled function and of all that it calls."""
+
+    waits = False
+
+    def _optimize_final_module(self):
+        """Optimise at once, as it is small, what calls nothing that waits.
+
+        Versions that came with Python 3.7 take several numbers at a time in some loops only if they stand alone.  In
+        newer ones everything calls what counts references, so that nothing comes here; there it would cost speed.
+        """
+        if not any(getattr(library, 'waits', False) for library in self._linking_libraries):
+            super()._optimize_final_module()
+
+    def _finalize_final_module(self):
+        if self._shared_module is not None:    # read from the disk, as machine code
+            super()._finalize_final_module()
+        else:
+            self.waits = self._finalized = True
+
+    def get_pointer_to_function(self, name):
+        """Address of a function in machine code, or 0."""
+        self._ensure_finalized()
+        # What Python calls is another function around a compiled one.  Numba 0.56 asks for the address of that one as
+        # well, but makes no use of it.
+        inside = name.startswith('_ZN') and not name.startswith('_ZN7cpython')
+        if self.waits and not inside and any(function.name == name for function in self.get_defined_functions()):
+            self.waits = False
+            super()._optimize_final_module()
+            super()._finalize_final_module()
+            for variable in self._final_module.global_variables:
+                environment = lookup_environment(variable.name)    # what a function needs to print an array, for one
+                if environment is not None:
+                    self.codegen.set_env(variable.name, environment)
+        return super().get_pointer_to_function(name)
+
+
+class WaitingCodegen(JITCPUCodegen):
+    """What makes the libraries."""
+
+    _library_class = WaitingLibrary
+
+    def set_env(self, env_name, env):
+        """Tell machine code where its environment is; what waits has no machine code yet."""
+        if self._engine.is_symbol_defined(env_name):
+            super().set_env(env_name, env)
+
+
+def compile_once():
+    """Let numba do so from now on in this process.
+
+    Returns
+    -------
+    bool
+        Whether it will: not if it is built otherwise than the versions that were tried.
+    """
+    try:
+        codegen = cpu_target.target_context.codegen()
+        if type(codegen) is JITCPUCodegen:
+            codegen.__class__ = WaitingCodegen
+        return isinstance(codegen, WaitingCodegen)
+    except (AttributeError, NameError, TypeError):
+        return False
