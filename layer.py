@@ -101,7 +101,8 @@ def _next_job(taken, first):
     prange deals out the same number of neighbouring jobs to each thread and then waits for the slowest, whose core may
     be a smaller one or busy with other programs.  A thread that asks here begins with its own jobs as well, for which
     most of what it needs is in its cache, but goes on with those that others have not come to.  What a job computes
-    does not depend on who does it.
+    does not depend on who does it.  (Threads ask in a `while True:`.  A `while job >= 0:` at the end of prange is more
+    than numba can compile in Python 3.8 and 3.9.)
     """
     jobs = len(taken)
     for k in range(first, first + jobs):
@@ -306,13 +307,15 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
     for index in prange(jobs):
         numbers = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
         acc = _aligned(np.empty(numbers, dtype=x.dtype))
-        job = _next_job(taken, np.int64(index))    # prange counts in uint64: numba would compile what follows for both
-        while job >= 0:
+        job = np.int64(index)    # prange counts in uint64: numba would compile what follows for both
+        while True:
+            job = _next_job(taken, job)
+            if job < 0:
+                break
             for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
                 n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
                 _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight,
                                  kind, channel, picks, bias, out, n * size + to, plane, down, across, height, width)
-            job = _next_job(taken, job)
 
 
 @inner(parallel=True)
@@ -439,15 +442,17 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         jobs = min(planes, JOBS)
         taken = _nothing_taken(jobs)
         for index in prange(jobs):
-            job = _next_job(taken, np.int64(index))
-            while job >= 0:
+            job = np.int64(index)
+            while True:
+                job = _next_job(taken, job)
+                if job < 0:
+                    break
                 if top == 0:
                     for k in range(job * planes // jobs, (job + 1) * planes // jobs):
                         spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, v)
                 for row in range(job * of_rows // jobs, (job + 1) * of_rows // jobs):
                     window = row * channels + top if back else (top + row) * planes
                     spread_weights(row, weight, window, count, side, pitch, packed)
-                job = _next_job(taken, job)
 
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
@@ -474,11 +479,13 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         jobs = min(channels, JOBS)
         taken = _nothing_taken(jobs)
         for index in prange(jobs):
-            job = _next_job(taken, np.int64(index))
-            while job >= 0:
+            job = np.int64(index)
+            while True:
+                job = _next_job(taken, job)
+                if job < 0:
+                    break
                 for o in range(job * channels // jobs, (job + 1) * channels // jobs):
                     gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
-                job = _next_job(taken, job)
 
     @inner(of=tile)
     def winograd(x, height, width, frame, weight, bias, out):

@@ -216,11 +216,17 @@ def process(command):
     return seconds, usage.ru_maxrss * 1024    # KiB on Linux
 
 
-def first_run(arguments):
-    """Seconds and bytes of main.py in a fresh copy of the project: kernels to compile, checkpoint to expand."""
+def first_run(arguments, once=True):
+    """Seconds and bytes of main.py in a fresh copy of the project: kernels to compile, checkpoint to expand.
+
+    Without `once` numba compiles in its own way, not in that of file/once.py.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, 'copy')
         shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns('.*', '__pycache__', 'tests', 'vgg16_ckpt.npy'))
+        if not once:
+            with open(os.path.join(copy, 'file', 'once.py'), 'w') as file:
+                file.write('def compile_once():\n    pass\n')
         return process([sys.executable, os.path.join(copy, 'main.py')] + arguments)
 
 
@@ -232,19 +238,21 @@ def script(repeats, ckpt):
     theirs += [os.path.join(PROJECT, 'file', 'tulips_demo.jpg'), ckpt] if ckpt else []
     say('main.py')
     process(ours)
-    runs, torch_runs, first_runs = [], [], []
+    runs, torch_runs, first_runs, slow_runs = [], [], [], []
     for _ in range(repeats):
         runs.append(process(ours))
         if torch:
             torch_runs.append(process(theirs))
         first_runs.append(first_run(arguments))
+        slow_runs.append(first_run(arguments, once=False))
     seconds = [run[0] for run in runs]
     lines = []
     if torch:
         lines.append(row('main.py, second run / the same in torch', seconds, [run[0] for run in torch_runs]))
     else:
         lines.append('         %-52s %s' % ('main.py, second run', spread(seconds)))
-    lines.append('         %-52s %s' % ('main.py, first run on a fresh copy', spread([run[0] for run in first_runs])))
+    lines.append(row('main.py, first run / the same without file/once.py', [run[0] for run in first_runs],
+                     [run[0] for run in slow_runs]))
     resident = '%8.2f GB' % (max(run[1] for run in runs) * 1e-9)
     if torch:
         resident += '  /  %.2f GB in torch' % (max(run[1] for run in torch_runs) * 1e-9)

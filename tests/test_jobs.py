@@ -11,10 +11,12 @@ def count(done):
     """done[job] += 1 for every job."""
     taken = layer._nothing_taken(len(done))
     for index in prange(len(done)):
-        job = layer._next_job(taken, np.int64(index))
-        while job >= 0:
-            done[job] += 1
+        job = np.int64(index)
+        while True:
             job = layer._next_job(taken, job)
+            if job < 0:
+                break
+            done[job] += 1
 
 
 @jit(nopython=True, parallel=True)
@@ -25,15 +27,17 @@ def wait_for_others(jobs, done, seen):
     """
     taken = layer._nothing_taken(jobs)
     for index in prange(jobs):
-        job = layer._next_job(taken, np.int64(index))
-        while job >= 0:
+        job = np.int64(index)
+        while True:
+            job = layer._next_job(taken, job)
+            if job < 0:
+                break
             others, looks = layer._add_one(done, np.int64(0)), np.int64(1)
             if job == 0:
                 while others < jobs - 1 and looks < 10**9:
                     others = layer._add_one(done, np.int64(0)) - looks
                     looks += 1
                 seen[0] = others
-            job = layer._next_job(taken, job)
 
 
 @pytest.mark.parametrize('jobs', [0, 1, 2, 7, 64])
