@@ -12,6 +12,7 @@ try:
     from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
     from numba.core.environment import lookup_environment
     from numba.core.registry import cpu_target
+    from numba.core.runtime import rtsys
 except ImportError:    # built otherwise than the versions that were tried, 0.56 to 0.68
     JITCodeLibrary = JITCPUCodegen = object
 
@@ -22,12 +23,13 @@ class WaitingLibrary(JITCodeLibrary):
     waits = False
 
     def _optimize_final_module(self):
-        """Optimise at once, as it is small, what calls nothing that waits.
+        """Optimise at once, as it is small, what calls nothing that waits; but only with LLVM's former pass managers.
 
-        Versions that came with Python 3.7 take several numbers at a time in some loops only if they stand alone.  In
-        newer ones everything calls what counts references, so that nothing comes here; there it would cost speed.
+        They take several numbers at a time in some loops of the pooling only while these stand alone, and the present
+        ones only when they do not.
         """
-        if not any(getattr(library, 'waits', False) for library in self._linking_libraries):
+        alone = not any(getattr(library, 'waits', False) for library in self._linking_libraries)
+        if alone and hasattr(self._codegen, '_mpm_full'):
             super()._optimize_final_module()
 
     def _finalize_final_module(self):
@@ -74,6 +76,7 @@ def compile_once():
     """
     try:
         codegen = cpu_target.target_context.codegen()
+        rtsys.initialize(cpu_target.target_context)    # what counts references: machine code needs it when it is added
         if type(codegen) is JITCPUCodegen:
             codegen.__class__ = WaitingCodegen
         return isinstance(codegen, WaitingCodegen)

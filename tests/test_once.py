@@ -48,6 +48,21 @@ number -1 of [1. 2. 3. 4.]
 too small
 '''
 
+# Of these numba takes addresses while it adds them to what can be called; and machine code made too soon ends a process.
+RECURSION = '''
+from numba import jit
+
+@jit(nopython=True)
+def fibonacci(n):
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+@jit(nopython=True)
+def fifth():
+    return fibonacci(5)
+
+print(fifth(), fibonacci(10))
+'''
+
 # Each finished library is added to what can be called; memory has one of its own.
 FINISHED = '''
 from numba.core.codegen import JITCPUCodegen
@@ -110,6 +125,10 @@ def test_only_what_python_calls_is_made_machine_code_of(tmp_path):
         path.unlink()
     *printed, names = run(FINISHED, tmp_path).splitlines()
     assert len(eval(names)) > 5 and 'one_of' in names    # numba by itself; else this test would say nothing
+
+
+def test_functions_that_call_themselves(tmp_path):
+    assert run(ONCE + RECURSION, tmp_path) == '5 55\n'
 
 
 def test_the_layers_compute_the_same_bits(tmp_path):
