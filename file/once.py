@@ -3,17 +3,21 @@
 numba hands every function that it compiles to LLVM by itself, with all that it calls linked into it: each loop of
 prange, each of the two wrappers around that, and each function that only others call.  All of them are optimised as
 they stand and made machine code of, although nothing but the last one is ever run: a loop that is five calls deep
-comes to it ten times.  That was half of the time that a first run took to compile.
+comes to it ten times.  `tests/bench.py --network` measures what a first run gains here.
 
 Here a function waits: it goes into its callers as it is, and to the optimiser and into machine code when numba asks
 for an address in it.  None of numba's own steps is changed, only when they are taken.
 """
+import numba
+
+TRIED = (0, 56), (0, 68)    # first and last version; others compile in their own way
+
 try:
     from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
     from numba.core.environment import lookup_environment
     from numba.core.registry import cpu_target
     from numba.core.runtime import rtsys
-except ImportError:    # built otherwise than the versions that were tried, 0.56 to 0.68
+except ImportError:    # of another version
     JITCodeLibrary = JITCPUCodegen = object
 
 
@@ -72,9 +76,11 @@ def compile_once():
     Returns
     -------
     bool
-        Whether it will: not if it is built otherwise than the versions that were tried.
+        Whether it will: not in another version than those that were tried.
     """
     try:
+        if not TRIED[0] <= numba.version_info.short <= TRIED[1]:
+            return False
         codegen = cpu_target.target_context.codegen()
         rtsys.initialize(cpu_target.target_context)    # what counts references: machine code needs it when it is added
         if type(codegen) is JITCPUCodegen:
