@@ -718,10 +718,9 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
         _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
         return in_grad
-    numbers = in_grad.reshape(-1)
-    if S > 1:    # else windows have read all of them
-        for p in range(len(numbers)):
-            numbers[p] = 0
+    numbers = in_grad.reshape(-1)    # some of which no window may have read
+    for p in range(len(numbers)):
+        numbers[p] = 0
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
     x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
