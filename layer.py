@@ -699,6 +699,13 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
     return outputs
 
 
+@inner(parallel=True)
+def _clear(numbers):
+    """numbers[p] = 0."""
+    for p in prange(len(numbers)):
+        numbers[p] = 0
+
+
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
     """Fill in_grad with the gradient of a convolution's inputs and return it.
@@ -718,9 +725,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
         _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
         return in_grad
-    numbers = in_grad.reshape(-1)    # some of which no window may have read
-    for p in range(len(numbers)):
-        numbers[p] = 0
+    numbers = in_grad.reshape(-1)
+    _clear(numbers)    # no window may have read some of them; with a stride that is a good part of the time
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
     x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
