@@ -52,11 +52,18 @@ def machine():
 
 # ---------------------------------------------------------------------------------- measuring and comparing
 
-def in_turns(works, repeats):
-    """Seconds of each piece of work, `repeats` rounds: a slow moment of the machine meets all of them alike."""
+def in_turns(works, repeats, warm=False):
+    """Seconds of each piece of work, `repeats` rounds: a slow moment of the machine meets all of them alike.
+
+    warm: each is done once more, just before, untimed.  For some milliseconds after its work, a thread of numba's or
+    torch's keeps its core and looks for more: to what is timed next, of the other's, that would be most of a short
+    layer's time.
+    """
     times = collections.OrderedDict((name, []) for name in works)
     for _ in range(repeats):
         for name, work in works.items():
+            if warm:
+                work()
             start = time.perf_counter()
             work()
             times[name].append(time.perf_counter() - start)

@@ -71,8 +71,7 @@ def layer_table(model, x, repeats):
             y64, g64 = float64[name](x64), torch.from_numpy(np.ascontiguousarray(out_grad)).double()
             works['torch forward'] = lambda: float32[name](x32)
             works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
-        in_turns(works, 1)
-        times[name] = {key: 1e3 * np.median(value) for key, value in in_turns(works, repeats).items()}
+        times[name] = {key: 1e3 * np.median(value) for key, value in in_turns(works, repeats, warm=True).items()}
         out_grad = layer.backward(out_grad)
 
     lines = ['%-15s %9s %9s %7s   %9s %9s %7s' % ('milliseconds', 'forward', 'torch', 'ratio', 'backward', 'torch',
@@ -144,9 +143,7 @@ def passes(model, x, repeats, end='', all_rows=True):
     def backward():
         return silent(lambda: model.backward(out_grad))
 
-    works, plain = {'forward': forward, 'backward': backward}, []
-    if all_rows:
-        works['textbook'] = lambda: plain.append(textbook_seconds(model))
+    works = {'forward': forward, 'backward': backward}
     if get_num_threads() > 1 and all_rows:
         works.update({'forward 1': on_one_thread(forward), 'backward 1': on_one_thread(backward)})
     if torch:
@@ -162,10 +159,12 @@ def passes(model, x, repeats, end='', all_rows=True):
         works['torch forward'] = lambda: through(float32, torch.from_numpy(x))
         works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
     say('whole passes')
-    in_turns(works, 1)
-    plain.clear()
-    times = in_turns(works, repeats)
-    lines = []
+    plain, times, lines = [], {name: [] for name in works}, []
+    for _ in range(repeats):
+        if all_rows:
+            plain.append(textbook_seconds(model))
+        for name, seconds in in_turns(works, 1, warm=True).items():
+            times[name] += seconds
     if torch:
         lines += [row('forward with prints / torch float32' + end, times['forward'], times['torch forward']),
                   row('backward / torch float64' + end, times['backward'], times['torch backward'])]

@@ -96,6 +96,12 @@ def test_work_takes_turns():
     assert seen == ['a', 'b'] * 3 and [len(times[name]) for name in 'ab'] == [3, 3]
 
 
+def test_what_warms_up_is_not_timed():
+    naps = iter([0.2, 0, 0.2, 0])
+    times = bench.in_turns({'a': lambda: time.sleep(next(naps))}, 2, warm=True)
+    assert len(times['a']) == 2 and max(times['a']) < 0.1
+
+
 def test_on_one_thread_leaves_the_number_of_threads_as_it_was():
     before = bench.get_num_threads()
     assert bench.on_one_thread(bench.get_num_threads)() == 1
@@ -192,7 +198,7 @@ def test_window_table_divides_seconds_by_multiply_adds(monkeypatch):
 
 def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
     monkeypatch.setattr(bench_network, 'torch', None)
-    seconds = iter([9.0, 1.0, 3.0])    # the first is from warming up
+    seconds = iter([1.0, 3.0])
     monkeypatch.setattr(bench_network, 'textbook_seconds', lambda model: next(seconds))
     model, x = Small(), np.ones((1, 3, 8, 8), np.float32)
     model.forward(x)
