@@ -109,7 +109,8 @@ def window_table(repeats, end='', channels=128, side=56):
         operations[K, S] = out_grad.size * channels * K * K / 1e3
     say('other windows and strides')
     in_turns(works, 1)
-    each = {key: 1e9 * np.median(times) / operations[key[:2]] for key, times in in_turns(works, repeats).items()}
+    each = {key: 1e9 * np.median(times) / operations[key[:2]]
+            for key, times in in_turns(works, 5 * repeats).items()}    # they take milliseconds
     lines = ['%-15s %9s %9s   %9s %9s%s' % ('ns / 1000 MACs', 'forward', 'to 3, 1', 'backward', 'to 3, 1', end)]
     for K, S in WINDOWS:
         cells = ['K = %d, S = %d' % (K, S)]
