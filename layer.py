@@ -708,7 +708,7 @@ def _clear(numbers):
 
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
-    """Fill in_grad with the gradient of a convolution's inputs and return it.
+    """Fill in_grad with the gradient of a convolution's inputs and return it.  Both have one dtype.
 
     Forward, row h * S + i of the padded inputs meets row h of the outputs.  Backward, row q * S + d of the padded
     inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the
@@ -729,9 +729,11 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     _clear(numbers)    # no window may have read some of them; with a stride that is a good part of the time
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
-    x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
-    _split(planes, batch * out_channels, out_height, out_width, frame, one, one, rows, columns, x)
-    typed = np.empty(len(weights), dtype=in_grad.dtype)    # planes and weights in the dtype of the sums
+    x = planes
+    if frame > 0:
+        x = np.empty(batch * out_channels * rows * columns, dtype=in_grad.dtype)
+        _split(planes, batch * out_channels, out_height, out_width, frame, one, one, rows, columns, x)
+    typed = np.empty(len(weights), dtype=in_grad.dtype)    # the weights in the dtype of the sums
     for p in range(len(weights)):
         typed[p] = weights[p]
     for place in range(S * S):
@@ -1106,6 +1108,7 @@ class ConvolutionLayer(_Parameters):
         batch, channels, height, width = _after_forward(self.input_shape)
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
         in_grad = np.empty((batch, channels, height, width))
+        out_grad = out_grad.astype(in_grad.dtype, copy=False)
         return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
                                    self.padding)
 
@@ -1127,7 +1130,7 @@ class ConvolutionLayer(_Parameters):
         """
         batch, in_channels, height, width = in_grad.shape
         more = np.empty(in_grad.shape, dtype=in_grad.dtype)
-        _gradient_of_inputs(out_grad, more, weight, kernel_size, stride, np.int64(0))
+        _gradient_of_inputs(out_grad.astype(in_grad.dtype), more, weight, kernel_size, stride, np.int64(0))
         for n in range(batch):
             for k in range(in_channels):
                 for h in range(height):

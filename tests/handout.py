@@ -70,6 +70,7 @@ OUR_CALLS = '''\
         return _outputs_of_inputs(inputs, outputs, weight, bias, self.kernel_size, self.stride, self.padding)
 ''', '''\
         in_grad = np.empty((batch, channels, height, width))
+        out_grad = out_grad.astype(in_grad.dtype, copy=False)
         return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
                                    self.padding)
 ''', '''\
