@@ -708,7 +708,7 @@ def _clear(numbers):
 
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
-    """Fill in_grad with the gradient of a convolution's inputs and return it.  Both have one dtype.
+    """Fill in_grad with the gradient of a convolution's inputs and return it.  out_grad has its dtype, too.
 
     Forward, row h * S + i of the padded inputs meets row h of the outputs.  Backward, row q * S + d of the padded
     inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the

@@ -113,6 +113,19 @@ def test_convolution_gradient_is_the_formula_to_the_bit(case):
     np.testing.assert_array_equal(in_grad, expected[:, :, P:P + height, P:P + width])
 
 
+@backward_stage
+@pytest.mark.parametrize('kernel_size, stride', [(1, 1), (1, 2), (3, 1)])
+def test_convolution_gradient_is_the_same_of_any_array(kernel_size, stride):
+    """Of float32 numbers and of an array that must not be written to, also where it is read without a copy."""
+    layer = ConvolutionLayer(3, 5, kernel_size, stride=stride)
+    single = numbers(*layer.forward(numbers(2, 3, 9, 9)).shape, seed=1).astype(np.float32)
+    double = single.astype(np.float64)
+    expected = layer.backward(double.copy())
+    double.flags.writeable = False
+    np.testing.assert_array_equal(layer.backward(single), expected)
+    np.testing.assert_array_equal(layer.backward(double), expected)
+
+
 @forward_stage
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('case', MANY_CHANNELS)
