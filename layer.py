@@ -29,7 +29,7 @@ GROUP = 4            # output channels of a convolution that share each number t
 BAND = 512           # positions of a plane that one piece of a convolution covers, at most
 JOBS = 64            # that a step of a convolution is shared out to, at most
 PITCH = BAND + 48    # between the sums of two channels: a power of two apart, they would evict each other
-TILES = 256          # tiles that _winograd_by takes through all its steps before the next ones, at most
+TILES = 384          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
 SHEET = 2**16 + 16   # between what two products take of all planes, or of all weights: nor here
@@ -59,15 +59,27 @@ def kernel(function=None, parallel=False):
     return compiled
 
 
-def inner(function=None, parallel=False, of=''):
+def inner(function=None, parallel=False, of='', disjoint=False):
     """Compile for loops that only other compiled loops call: without an entry for Python, and kept with the caller.
 
     `of` tells the functions apart that one def makes: their machine code, read from the disk, goes by the def's name.
+    `disjoint` promises that no array of the function shares memory with one that it writes (in C: restrict).  Else each
+    of its loops compares their addresses first, which takes as long as a dozen steps of the shortest ones.  numba has
+    such a flag, for its own use only: where a version has none, the loops do the same, but begin later.
     """
     if function is None:
-        return lambda function: inner(function, parallel, of)
+        return lambda function: inner(function, parallel, of, disjoint)
     function.__qualname__ += str(of)
-    return jit(parallel=parallel, no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)(function)
+    compiled = jit(parallel=parallel, no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)(function)
+    if disjoint and hasattr(compiled, '_compiler'):
+        compiled._compiler._customize_flags = _with_disjoint_arrays
+    return compiled
+
+
+def _with_disjoint_arrays(flags):
+    if hasattr(flags, 'noalias'):
+        flags.noalias = True
+    return flags
 
 
 # ------------------------------------------------------------------------------------ jobs that threads share
@@ -114,7 +126,7 @@ def _next_job(taken, first):
 
 # ---------------------------------------------------------------------------------------- convolution loops
 
-@inner
+@inner(disjoint=True)
 def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, w3):
     """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t from done on.
 
@@ -125,21 +137,23 @@ def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, 
     fits into the 16 vector registers that a processor has at least.  The loops over positions are while loops, and
     the indices unsigned, because older compilers do not take several positions at a time otherwise.  They run over
     whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
-    registers for both, or in memory.
+    registers for both, or in memory.  On small planes such a loop takes seven steps for four taps, and what is done
+    before it counts: no index is tried for counting from the end, as a signed one is, and no array for overlapping.
     """
     one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), done + (len(reads) - done) // 4 * 4
     end = np.uint64(length) // lanes * lanes
-    start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
+    x, wa, wb, wc, wd = x[start:], weight[first:], weight[first + w1:], weight[first + w2:], weight[first + w3:]
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
     for t in range(done, fours, 4):
-        q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
-        q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
-        r0, r1 = start + np.uint64(reads[t]), start + np.uint64(reads[t + 1])
-        r2, r3 = start + np.uint64(reads[t + 2]), start + np.uint64(reads[t + 3])
-        a0, a1, a2, a3 = weight[q0], weight[q1], weight[q2], weight[q3]
-        b0, b1, b2, b3 = weight[q0 + w1], weight[q1 + w1], weight[q2 + w1], weight[q3 + w1]
-        c0, c1, c2, c3 = weight[q0 + w2], weight[q1 + w2], weight[q2 + w2], weight[q3 + w2]
-        d0, d1, d2, d3 = weight[q0 + w3], weight[q1 + w3], weight[q2 + w3], weight[q3 + w3]
+        t0, t1, t2, t3 = np.uint64(t), np.uint64(t + 1), np.uint64(t + 2), np.uint64(t + 3)
+        q0, q1 = np.uint64(picks[t0]), np.uint64(picks[t1])
+        q2, q3 = np.uint64(picks[t2]), np.uint64(picks[t3])
+        r0, r1 = np.uint64(reads[t0]), np.uint64(reads[t1])
+        r2, r3 = np.uint64(reads[t2]), np.uint64(reads[t3])
+        a0, a1, a2, a3 = wa[q0], wa[q1], wa[q2], wa[q3]
+        b0, b1, b2, b3 = wb[q0], wb[q1], wb[q2], wb[q3]
+        c0, c1, c2, c3 = wc[q0], wc[q1], wc[q2], wc[q3]
+        d0, d1, d2, d3 = wd[q0], wd[q1], wd[q2], wd[q3]
         p = np.uint64(0)
         while p < end:
             x0, x1, x2, x3 = x[r0 + p], x[r1 + p], x[r2 + p], x[r3 + p]
@@ -149,8 +163,8 @@ def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, 
             acc[p + D] = acc[p + D] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
             p += one
     for t in range(fours, len(reads)):    # what is left over when the number of taps is no multiple of four
-        q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
-        a, b, c, d = weight[q], weight[q + w1], weight[q + w2], weight[q + w3]
+        q, r = np.uint64(picks[t]), np.uint64(reads[t])
+        a, b, c, d = wa[q], wb[q], wc[q], wd[q]
         p = np.uint64(0)
         while p < end:
             acc[p] = acc[p] + a * x[r + p]
@@ -159,15 +173,15 @@ def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, 
             acc[p + D] = acc[p + D] + d * x[r + p]
             p += one
     for t in range(done, len(reads)):    # and of the positions
-        q, r = first + np.uint64(picks[t]), start + np.uint64(reads[t])
+        q, r = np.uint64(picks[t]), np.uint64(reads[t])
         for p in range(end, np.uint64(length)):
-            acc[p] += weight[q] * x[r + p]
-            acc[p + B] += weight[q + w1] * x[r + p]
-            acc[p + C] += weight[q + w2] * x[r + p]
-            acc[p + D] += weight[q + w3] * x[r + p]
+            acc[p] += wa[q] * x[r + p]
+            acc[p + B] += wb[q] * x[r + p]
+            acc[p + C] += wc[q] * x[r + p]
+            acc[p + D] += wd[q] * x[r + p]
 
 
-@inner
+@inner(disjoint=True)
 def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     """What _add_taps does, but the products of eight taps are added up, behind the sums, before they are added to them.
 
@@ -177,17 +191,18 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     """
     one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
     end = np.uint64(length) // lanes * lanes
-    start, first, w1, w2, w3 = np.uint64(start), np.uint64(first), np.uint64(w1), np.uint64(w2), np.uint64(w3)
+    x, wa, wb, wc, wd = x[start:], weight[first:], weight[first + w1:], weight[first + w2:], weight[first + w3:]
     B, C, D, E = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH), np.uint64(GROUP * PITCH)
     for t in range(0, len(reads) // 8 * 8, 4):
-        q0, q1 = first + np.uint64(picks[t]), first + np.uint64(picks[t + 1])
-        q2, q3 = first + np.uint64(picks[t + 2]), first + np.uint64(picks[t + 3])
-        r0, r1 = start + np.uint64(reads[t]), start + np.uint64(reads[t + 1])
-        r2, r3 = start + np.uint64(reads[t + 2]), start + np.uint64(reads[t + 3])
-        a0, a1, a2, a3 = weight[q0], weight[q1], weight[q2], weight[q3]
-        b0, b1, b2, b3 = weight[q0 + w1], weight[q1 + w1], weight[q2 + w1], weight[q3 + w1]
-        c0, c1, c2, c3 = weight[q0 + w2], weight[q1 + w2], weight[q2 + w2], weight[q3 + w2]
-        d0, d1, d2, d3 = weight[q0 + w3], weight[q1 + w3], weight[q2 + w3], weight[q3 + w3]
+        t0, t1, t2, t3 = np.uint64(t), np.uint64(t + 1), np.uint64(t + 2), np.uint64(t + 3)
+        q0, q1 = np.uint64(picks[t0]), np.uint64(picks[t1])
+        q2, q3 = np.uint64(picks[t2]), np.uint64(picks[t3])
+        r0, r1 = np.uint64(reads[t0]), np.uint64(reads[t1])
+        r2, r3 = np.uint64(reads[t2]), np.uint64(reads[t3])
+        a0, a1, a2, a3 = wa[q0], wa[q1], wa[q2], wa[q3]
+        b0, b1, b2, b3 = wb[q0], wb[q1], wb[q2], wb[q3]
+        c0, c1, c2, c3 = wc[q0], wc[q1], wc[q2], wc[q3]
+        d0, d1, d2, d3 = wd[q0], wd[q1], wd[q2], wd[q3]
         p = np.uint64(0)
         if t % 8 == 0:
             while p < end:
@@ -207,7 +222,7 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
                 p += one
 
 
-@inner
+@inner(disjoint=True)
 def _copy(out, to, x, start, step, length):
     """out[to + p] = x[start + p * step]."""
     to, start, by = np.uint64(to), np.uint64(start), np.uint64(step)
@@ -215,7 +230,7 @@ def _copy(out, to, x, start, step, length):
         out[to + p] = x[start + p * by]
 
 
-@inner
+@inner(disjoint=True)
 def _columns(out, to, by, x, start, length):
     """out[to + j * by + p] = x[start + 3 * p + j] for j < 3."""
     start, one, two, three = np.uint64(start), np.uint64(1), np.uint64(2), np.uint64(3)
@@ -379,10 +394,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     1. spread: the sums that the products take of the inputs, made once for all output channels, and those that they
        take of the weights, some output channels at a time;
     2. _correlate: the products, each added up over all input channels.  Nearly all work is left here, for each of the
-       side * side products a convolution of 1x1: they are the images of one _correlate.  Its positions are the tiles.
-       Backward, where the sums of neighbouring output channels' weights lie beside each other, tiles and channels
-       change their roles if there are so few tiles that the loop over positions would end before it has got going, as
-       on planes of 14x14;
+       side * side products a convolution of 1x1: they are the images of one _correlate.  Its positions are the tiles;
     3. gather: the outputs of those sums.
 
     Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
@@ -501,13 +513,12 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         bands = (tiles + line - 1) // line
         # output channels at a time: eight vectors, so that less falls out of a cache, or what a sheet has room for
         block = min(channels, 512 // out.itemsize, (SHEET // planes - 8) // 8 * 8)
-        turned = back and line * out.itemsize <= 128    # at most two vectors of tiles: see above
         rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
         packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
         eights = None if back else one if out.itemsize == 4 else zero
         v = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
         m = _aligned(np.empty(products * block * line + 16, dtype=out.dtype))
-        nothing = np.zeros(max(channels, line), dtype=out.dtype)
+        nothing = np.zeros(channels, dtype=out.dtype)
         reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
         for k in range(planes):
             reads[k], picks[k] = k * line, k * pitch if back else k
@@ -519,12 +530,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread(planes, (planes if back else mine) if index == 0 or block < channels else zero, x, n * planes,
                        height, width, frame, first, length, across, side, line, v, weight, channels, top,
                        mine if back else planes, pitch, packed)
-                if turned:
-                    _correlate(packed, kind, pitch, picks, eights, v, kind, one, reads, nothing[:length],
-                               m, products, mine * line, zero, one, zero, line, one, mine)
-                else:
-                    _correlate(v, kind, line, reads, eights, packed, kind, one if back else pitch, picks,
-                               nothing[:mine], m, products, mine * line, zero, line, zero, one, one, length)
+                _correlate(v, kind, line, reads, eights, packed, kind, one if back else pitch, picks, nothing[:mine],
+                           m, products, mine * line, zero, line, zero, one, one, length)
                 gather(m, mine, line, first, length, across, side, bias, out, n, top)
 
     return winograd
@@ -532,7 +539,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
 def _three_inputs(each, by):
     """What five products take of five inputs: two polynomials multiplied by way of 0, 1, -1/2, -2 and infinity."""
-    @inner(of=each)
+    @inner(of=each, disjoint=True)
     def step(y, to, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
@@ -553,7 +560,7 @@ def _three_inputs(each, by):
 
 def _three_weights(each, by):
     """What five products take of three weights."""
-    @inner(of=each)
+    @inner(of=each, disjoint=True)
     def step(y, to, x, start, apart, length):
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(abs(each))
         s1 = np.uint64(apart if each == 1 else each // 3)
@@ -571,7 +578,7 @@ def _three_weights(each, by):
 
 def _three_outputs(each, line):
     """Three outputs of five products."""
-    @inner(of=each)
+    @inner(of=each, disjoint=True)
     def step(y, to, x, start, apart, length, bias):
         by, apart = (line, apart) if each == 1 else (1, line)
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
@@ -589,7 +596,7 @@ def _three_outputs(each, line):
 
 def _four_inputs(each, by):
     """What six products take of six inputs: the same by way of 0, 3/2, -3/2, 2/3, -2/3 and infinity."""
-    @inner(of=each)
+    @inner(of=each, disjoint=True)
     def step(y, to, x, start, apart, length):
         to, start, s1 = np.uint64(to), np.uint64(start), np.uint64(apart if each == 1 else 1)
         n, s2, s3, s4 = np.uint64(each), np.uint64(2) * s1, np.uint64(3) * s1, np.uint64(4) * s1
@@ -614,7 +621,7 @@ def _four_inputs(each, by):
 
 def _four_weights(each, by):
     """What six products take of three weights."""
-    @inner(of=each)
+    @inner(of=each, disjoint=True)
     def step(y, to, x, start, apart, length):
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(abs(each))
         s1 = np.uint64(apart if each == 1 else each // 3)
@@ -633,7 +640,7 @@ def _four_weights(each, by):
 
 def _four_outputs(each, line):
     """Four outputs of six products."""
-    @inner(of=each)
+    @inner(of=each, disjoint=True)
     def step(y, to, x, start, apart, length, bias):
         by, apart = (line, apart) if each == 1 else (1, line)
         to, start, n = np.uint64(to), np.uint64(start), np.uint64(each)
@@ -758,7 +765,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
 
 # -------------------------------------------------------------------------------------------- pooling loops
 
-@inner
+@inner(disjoint=True)
 def _take_larger(best, index, numbers, candidate):
     """Where numbers[w] beats best[w], put it there and note its index in the window.
 
@@ -774,7 +781,7 @@ def _take_larger(best, index, numbers, candidate):
 
 # ------------------------------------------------------------------------------------ fully connected loops
 
-@inner
+@inner(disjoint=True)
 def _add_products(acc, length, x, r, w, a, b, c, d):
     """acc[p] += x[r + p] * w[a + p] for p < length; ASIDE further on with b in place of a, then with c, then with d.
 
@@ -789,7 +796,7 @@ def _add_products(acc, length, x, r, w, a, b, c, d):
         acc[p + D] = acc[p + D] + x[r + p] * w[d + p]
 
 
-@inner
+@inner(disjoint=True)
 def _add_four_rows(out, to, length, rows, q, r, s, t, a, b, c, d):
     """out[to + i] += a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i] for i < length.
 
@@ -800,7 +807,7 @@ def _add_four_rows(out, to, length, rows, q, r, s, t, a, b, c, d):
         out[to + i] = out[to + i] + a * rows[q + i] + b * rows[r + i] + c * rows[s + i] + d * rows[t + i]
 
 
-@inner
+@inner(disjoint=True)
 def _add_one_row(out, to, length, rows, r, a):
     """out[to + i] += a * rows[r + i]: what is left over when the rows are no multiple of four."""
     to, r = np.uint64(to), np.uint64(r)
