@@ -126,6 +126,19 @@ def _next_job(taken, first):
 
 # ---------------------------------------------------------------------------------------- convolution loops
 
+@intrinsic
+def _align_stack(typing):
+    """Let the calling function's own memory, its stack, begin at a multiple of 64 bytes.
+
+    Weights that find no register are read from there in every step.  Left to themselves they would lie across two lines
+    of the cache in some processes and not in others, as the stack begins where a process's environment ends.
+    """
+    def attribute(context, builder, signature, arguments):
+        builder.function.attributes.alignstack = 64
+        return context.get_dummy_value()
+    return types.none(), attribute
+
+
 @inner(disjoint=True)
 def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, w3):
     """acc[c, p] += sum of weight[first + w_c + picks[t]] * x[start + reads[t] + p] over taps t from done on.
@@ -140,6 +153,7 @@ def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, 
     registers for both, or in memory.  On small planes such a loop takes seven steps for four taps, and what is done
     before it counts: no index is tried for counting from the end, as a signed one is, and no array for overlapping.
     """
+    _align_stack()
     one, lanes, fours = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits), done + (len(reads) - done) // 4 * 4
     end = np.uint64(length) // lanes * lanes
     x, wa, wb, wc, wd = x[start:], weight[first:], weight[first + w1:], weight[first + w2:], weight[first + w3:]
@@ -189,6 +203,7 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
     one of whole vectors.  What is left over when the number of taps is no multiple of eight is left to _add_taps.
     The lines above its loops stand in _add_taps, too: as one function, they would leave the loops fewer registers.
     """
+    _align_stack()
     one, lanes = np.uint64(1), np.uint64(512 // np.finfo(acc.dtype).bits)
     end = np.uint64(length) // lanes * lanes
     x, wa, wb, wc, wd = x[start:], weight[first:], weight[first + w1:], weight[first + w2:], weight[first + w3:]
