@@ -1,0 +1,42 @@
+"""What layer.py tells the compiler beside its loops reaches it: numba would drop it without a word."""
+import re
+
+import pytest
+from numba import float64, jit
+from numba.core.compiler import Flags
+
+import layer
+
+
+def add(out, x):
+    for p in range(len(out)):
+        out[p] = out[p] + x[p]
+
+
+def add_disjoint(out, x):
+    for p in range(len(out)):
+        out[p] = out[p] + x[p]
+
+
+def text_of(compiled):
+    """What the compiler is left with, for two arrays."""
+    signature = (float64[::1], float64[::1])
+    compiled.compile(signature)
+    return compiled.inspect_llvm(compiled.signatures[0])
+
+
+@pytest.mark.skipif(not hasattr(Flags(), 'noalias'), reason='this numba has no such flag')
+def test_disjoint_arrays_are_promised_to_be():
+    promise = r'noalias[^,]*%"?\.?arg\.(out|x)'
+    assert not re.search(promise, text_of(layer.inner(add)))
+    assert re.search(promise, text_of(layer.inner(add_disjoint, disjoint=True)))
+
+
+def test_the_stack_is_aligned():
+    @jit(nopython=True)
+    def add_aligned(out, x):
+        layer._align_stack()
+        for p in range(len(out)):
+            out[p] = out[p] + x[p]
+
+    assert re.search(r'alignstack[(=]64', text_of(add_aligned))    # written so before, and so after optimising
