@@ -64,8 +64,8 @@ def inner(function=None, parallel=False, of='', disjoint=False):
 
     `of` tells the functions apart that one def makes: their machine code, read from the disk, goes by the def's name.
     `disjoint` promises that no array of the function shares memory with one that it writes (in C: restrict).  Else each
-    of its loops compares their addresses first, which takes as long as a dozen steps of the shortest ones.  numba has
-    such a flag, for its own use only: where a version has none, the loops do the same, but begin later.
+    of its loops compares their addresses first, which counts where a loop is short.  numba has such a flag, for its own
+    use only: where a version has none, the loops do the same, but begin later.
     """
     if function is None:
         return lambda function: inner(function, parallel, of, disjoint)
@@ -151,7 +151,7 @@ def _add_taps(acc, length, x, start, done, reads, weight, first, picks, w1, w2, 
     fits into the 16 vector registers that a processor has at least.  The loops over positions are while loops, and
     the indices unsigned, because older compilers do not take several positions at a time otherwise.  They run over
     whole vectors, as the compiler can see: else it would add a loop over what is left, and keep the 16 weights in
-    registers for both, or in memory.  On small planes such a loop takes seven steps for four taps, and what is done
+    registers for both, or in memory.  On small planes such a loop takes a dozen steps for four taps, and what is done
     before it counts: no index is tried for counting from the end, as a signed one is, and no array for overlapping.
     """
     _align_stack()
