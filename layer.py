@@ -131,7 +131,7 @@ def _align_stack(typing):
     """Let the calling function have a stack of its own that begins at a multiple of 64 bytes.
 
     Weights that find no register are read from there in every step.  Left to themselves they would lie across two lines
-    of the cache in some processes and not in others, as the stack begins where a process's environment ends.
+    of the cache in some processes and not in others, as a stack begins at any multiple of 16 bytes.
     """
     def attribute(context, builder, signature, arguments):
         builder.function.attributes.add('noinline')    # not its caller's; and llvmlite drops a lone alignstack

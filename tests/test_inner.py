@@ -13,15 +13,9 @@ def add(out, x):
         out[p] = out[p] + x[p]
 
 
-def add_disjoint(out, x):
-    for p in range(len(out)):
-        out[p] = out[p] + x[p]
-
-
 def text_of(compiled):
     """What the compiler is left with, for two arrays."""
-    signature = (float64[::1], float64[::1])
-    compiled.compile(signature)
+    compiled.compile((float64[::1], float64[::1]))
     return compiled.inspect_llvm(compiled.signatures[0])
 
 
@@ -29,7 +23,7 @@ def text_of(compiled):
 def test_disjoint_arrays_are_promised_to_be():
     promise = r'noalias[^,]*%"?\.?arg\.(out|x)'
     assert not re.search(promise, text_of(layer.inner(add)))
-    assert re.search(promise, text_of(layer.inner(add_disjoint, disjoint=True)))
+    assert re.search(promise, text_of(layer.inner(add, disjoint=True)))
 
 
 def test_the_stack_is_aligned():
@@ -39,4 +33,4 @@ def test_the_stack_is_aligned():
         for p in range(len(out)):
             out[p] = out[p] + x[p]
 
-    assert re.search(r'alignstack[(=]64', text_of(add_aligned))    # written so before, and so after optimising
+    assert 'alignstack=64' in text_of(add_aligned)
