@@ -723,10 +723,15 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
 
 
 @inner(parallel=True)
-def _clear(numbers):
-    """numbers[p] = 0."""
-    for p in prange(len(numbers)):
-        numbers[p] = 0
+def _clear(planes):
+    """planes[n, c, h, w] = 0: to each thread those rows that _correlate will share out to it, so that it has them."""
+    batch, channels, height, width = planes.shape
+    for index in prange(batch * height):
+        job = np.int64(index)
+        for c in range(channels):
+            row = planes[job // height, c, job % height]
+            for w in range(np.uint64(width)):
+                row[w] = 0
 
 
 @kernel
@@ -749,7 +754,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
         _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
         return in_grad
     numbers = in_grad.reshape(-1)
-    _clear(numbers)    # no window may have read some of them; with a stride that is a good part of the time
+    if S > 1 or out_height + K - 1 < height + P or out_width + K - 1 < width + P:    # no window may have read some
+        _clear(in_grad)
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
     x = planes

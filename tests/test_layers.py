@@ -126,6 +126,18 @@ def test_convolution_gradient_is_the_same_of_any_array(kernel_size, stride):
     np.testing.assert_array_equal(layer.backward(double), expected)
 
 
+@backward_stage
+@pytest.mark.parametrize('kernel_size, stride', [(1, 1), (3, 1), (1, 2), (2, 3), (3, 2)])
+def test_pixels_that_no_window_reads_have_no_gradient(kernel_size, stride):
+    """Whatever was in the memory that theirs is written to."""
+    weight, out_grad = numbers(3, 2, kernel_size, kernel_size), numbers(2, 3, 20, 20)
+    side = 19 * stride + kernel_size + 2
+    expected = textbook.conv_back(out_grad, np.zeros((2, 2, side, side)), weight, kernel_size, stride)
+    np.full(expected.shape, np.nan)    # at once given back, to be handed out again
+    in_grad = ConvolutionLayer._conv_back(out_grad, np.zeros(expected.shape), weight, kernel_size, stride)
+    np.testing.assert_array_equal(in_grad, expected)
+
+
 @forward_stage
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('case', MANY_CHANNELS)
