@@ -423,10 +423,12 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     gather_down, gather_across = outputs_of(1, LINE), outputs_of(tile, SIDE * LINE)
 
     @inner(of=tile)
-    def spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, v):
-        """v[(i * side + j) * SHEET + k * line + p] = what product (i, j) of tile first + p takes of plane k."""
-        numbers, by, one = np.int64(SIDE * ROW), np.int64(ROW), np.int64(1)
-        a, b = np.empty(numbers, dtype=x.dtype), np.empty(numbers, dtype=np.float64)
+    def spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v):
+        """v[(i * side + j) * SHEET + k * line + p] = what product (i, j) of tile first + p takes of plane k.
+
+        a and b have room for the rows of a line of tiles, before and after the sums down its columns.
+        """
+        by, one = np.int64(ROW), np.int64(1)
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
             y, shift, columns = h * tile - frame, begin * tile - frame, (end - begin) * tile + side - tile
@@ -451,10 +453,12 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread_across(v, i * side * SHEET + k * line + h * across + begin - first, b, i * ROW, one, end - begin)
 
     @inner(of=tile)
-    def spread_weights(row, weight, first, count, side, pitch, packed):
-        """packed[(i * side + j) * SHEET + row * pitch + q] = what product (i, j) takes of the window first + q."""
+    def spread_weights(a, b, row, weight, first, count, side, pitch, packed):
+        """packed[(i * side + j) * SHEET + row * pitch + q] = what product (i, j) takes of the window first + q.
+
+        a and b have room for the columns of TILES windows, as above.
+        """
         zero, one, two, by = np.int64(0), np.int64(1), np.int64(2), np.int64(3 * LINE)
-        a, b = np.empty(np.int64(9 * TILES), dtype=np.float64), np.empty(SIDE * by, dtype=np.float64)
         for q in range(0, count, TILES):
             length = min(TILES, count - q)
             beside = 3 * length    # a column of all these windows, from top to bottom
@@ -470,17 +474,19 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         jobs = min(planes, JOBS)
         taken = _nothing_taken(jobs)
         for index in prange(jobs):
-            job = np.int64(index)
+            job, numbers = np.int64(index), np.int64(SIDE * ROW)
+            a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
+            columns = b[numbers:]    # all three here: a plane or a row of windows takes less time than some np.empty
             while True:
                 job = _next_job(taken, job)
                 if job < 0:
                     break
                 if top == 0:
                     for k in range(job * planes // jobs, (job + 1) * planes // jobs):
-                        spread_plane(k, x, plane, height, width, frame, first, length, across, side, line, v)
+                        spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v)
                 for row in range(job * of_rows // jobs, (job + 1) * of_rows // jobs):
                     window = row * channels + top if back else (top + row) * planes
-                    spread_weights(row, weight, window, count, side, pitch, packed)
+                    spread_weights(columns, b, row, weight, window, count, side, pitch, packed)
 
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
