@@ -62,6 +62,9 @@ def kernel(function=None, parallel=False):
 def inner(function=None, parallel=False, of='', disjoint=False):
     """Compile for loops that only other compiled loops call: without an entry for Python, and kept with the caller.
 
+    Most loops over prange do no more than call one of these: numba goes over all that stands in such a loop again and
+    again; as functions of their own they took half as long to compile.
+
     `of` tells the functions apart that one def makes: their machine code, read from the disk, goes by the def's name.
     `disjoint` promises that no array of the function shares memory with one that it writes (in C: restrict).  Else each
     of its loops compares their addresses first, which counts where a loop is short.  numba has such a flag, for its own
@@ -113,8 +116,7 @@ def _next_job(taken, first):
     prange deals out the same number of neighbouring jobs to each thread and then waits for the slowest, whose core may
     be a smaller one or busy with other programs.  A thread that asks here begins with its own jobs as well, for which
     most of what it needs is in its cache, but goes on with those that others have not come to.  What a job computes
-    does not depend on who does it.  (Threads ask in a `while True:`.  A `while job >= 0:` at the end of prange is more
-    than numba can compile in Python 3.8 and 3.9.)
+    does not depend on who does it.
     """
     jobs = len(taken)
     for k in range(first, first + jobs):
@@ -302,6 +304,22 @@ def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eig
                     out[line + w * across] = acc[shift + w]
 
 
+@inner
+def _correlate_jobs(job, taken, pieces, bands, groups, band, x, image, row, reads, furthest, eights, weight, kind,
+                    channel, picks, bias, out, size, to, plane, down, across, height, width):
+    """The jobs of _correlate that one thread comes to, `job` the first of them."""
+    jobs = len(taken)
+    numbers = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
+    acc = _aligned(np.empty(numbers, dtype=x.dtype))
+    job = _next_job(taken, job)
+    while job >= 0:
+        for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
+            n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
+            _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight,
+                             kind, channel, picks, bias, out, n * size + to, plane, down, across, height, width)
+        job = _next_job(taken, job)
+
+
 @inner(parallel=True)
 def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
                out, images, size, to, plane, down, across, height, width):
@@ -335,18 +353,26 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
     pieces = images * bands * groups
     jobs = min(pieces, JOBS)
     taken = _nothing_taken(jobs)
-    for index in prange(jobs):
-        numbers = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
-        acc = _aligned(np.empty(numbers, dtype=x.dtype))
-        job = np.int64(index)    # prange counts in uint64: numba would compile what follows for both
-        while True:
-            job = _next_job(taken, job)
-            if job < 0:
-                break
-            for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
-                n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
-                _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight,
-                                 kind, channel, picks, bias, out, n * size + to, plane, down, across, height, width)
+    for index in prange(jobs):    # it counts in uint64: numba would compile what follows for both
+        _correlate_jobs(np.int64(index), taken, pieces, bands, groups, band, x, image, row, reads, furthest, eights,
+                        weight, kind, channel, picks, bias, out, size, to, plane, down, across, height, width)
+
+
+@inner
+def _split_plane(plane, x, height, width, frame, step, used, rows, columns, parts):
+    """One plane of _split."""
+    for i in range(used):
+        for j in range(used):
+            left = max(0, min(columns, -((j - frame) // step)))    # the first column inside the plane
+            right = max(left, min(columns, -((j - frame - width) // step)))    # and the first one behind it
+            for h in range(rows):
+                to, y = (((plane * used + i) * used + j) * rows + h) * columns, h * step + i - frame
+                begin, end = (left, right) if 0 <= y < height else (columns, columns)
+                for w in range(begin):
+                    parts[to + w] = 0
+                for w in range(end, columns):
+                    parts[to + w] = 0
+                _copy(parts, to + begin, x, (plane * height + y) * width + begin * step + j - frame, step, end - begin)
 
 
 @inner(parallel=True)
@@ -359,20 +385,7 @@ def _split(x, planes, height, width, frame, step, used, rows, columns, parts):
     there are zeros, too.  With a step of 1 the only part is the framed plane.
     """
     for index in prange(planes):
-        plane = np.int64(index)
-        for i in range(used):
-            for j in range(used):
-                left = max(0, min(columns, -((j - frame) // step)))    # the first column inside the plane
-                right = max(left, min(columns, -((j - frame - width) // step)))    # and the first one behind it
-                for h in range(rows):
-                    to, y = (((plane * used + i) * used + j) * rows + h) * columns, h * step + i - frame
-                    begin, end = (left, right) if 0 <= y < height else (columns, columns)
-                    for w in range(begin):
-                        parts[to + w] = 0
-                    for w in range(end, columns):
-                        parts[to + w] = 0
-                    _copy(parts, to + begin, x, (plane * height + y) * width + begin * step + j - frame, step,
-                          end - begin)
+        _split_plane(np.int64(index), x, height, width, frame, step, used, rows, columns, parts)
 
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
@@ -467,6 +480,23 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             for i in range(side):
                 weights_across(packed, i * side * SHEET + row * pitch + q, b, i * by, length, length)
 
+    @inner(of=tile)
+    def spread_jobs(job, taken, planes, of_rows, x, plane, height, width, frame, first, length, across, side, line, v,
+                    weight, channels, top, count, pitch, packed):
+        """The jobs of spread that one thread comes to, `job` the first of them."""
+        jobs, numbers = len(taken), np.int64(SIDE * ROW)
+        a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
+        columns = b[numbers:]    # all three here: a plane or a row of windows takes less time than some np.empty
+        job = _next_job(taken, job)
+        while job >= 0:
+            if top == 0:
+                for k in range(job * planes // jobs, (job + 1) * planes // jobs):
+                    spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v)
+            for row in range(job * of_rows // jobs, (job + 1) * of_rows // jobs):
+                window = row * channels + top if back else (top + row) * planes
+                spread_weights(columns, b, row, weight, window, count, side, pitch, packed)
+            job = _next_job(taken, job)
+
     @inner(parallel=True, of=tile)
     def spread(planes, of_rows, x, plane, height, width, frame, first, length, across, side, line, v, weight, channels,
                top, count, pitch, packed):
@@ -474,19 +504,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         jobs = min(planes, JOBS)
         taken = _nothing_taken(jobs)
         for index in prange(jobs):
-            job, numbers = np.int64(index), np.int64(SIDE * ROW)
-            a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
-            columns = b[numbers:]    # all three here: a plane or a row of windows takes less time than some np.empty
-            while True:
-                job = _next_job(taken, job)
-                if job < 0:
-                    break
-                if top == 0:
-                    for k in range(job * planes // jobs, (job + 1) * planes // jobs):
-                        spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v)
-                for row in range(job * of_rows // jobs, (job + 1) * of_rows // jobs):
-                    window = row * channels + top if back else (top + row) * planes
-                    spread_weights(columns, b, row, weight, window, count, side, pitch, packed)
+            spread_jobs(np.int64(index), taken, planes, of_rows, x, plane, height, width, frame, first, length, across,
+                        side, line, v, weight, channels, top, count, pitch, packed)
 
     @inner(of=tile)
     def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
@@ -507,19 +526,23 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                     for w in range(whole * tile, width):
                         row[w] = last[w - whole * tile]
 
+    @inner(of=tile)
+    def gather_jobs(job, taken, m, channels, line, first, length, across, side, bias, out, n, top):
+        """The jobs of gather that one thread comes to, `job` the first of them."""
+        jobs = len(taken)
+        job = _next_job(taken, job)
+        while job >= 0:
+            for o in range(job * channels // jobs, (job + 1) * channels // jobs):
+                gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
+            job = _next_job(taken, job)
+
     @inner(parallel=True, of=tile)
     def gather(m, channels, line, first, length, across, side, bias, out, n, top):
         """Step 3: the outputs of image n from channel `top` on; what lies past the edge of a plane is dropped."""
         jobs = min(channels, JOBS)
         taken = _nothing_taken(jobs)
         for index in prange(jobs):
-            job = np.int64(index)
-            while True:
-                job = _next_job(taken, job)
-                if job < 0:
-                    break
-                for o in range(job * channels // jobs, (job + 1) * channels // jobs):
-                    gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
+            gather_jobs(np.int64(index), taken, m, channels, line, first, length, across, side, bias, out, n, top)
 
     @inner(of=tile)
     def winograd(x, height, width, frame, weight, bias, out):
@@ -807,6 +830,21 @@ def _take_larger(best, index, numbers, candidate):
         index[w] = candidate if wins else index[w]
 
 
+@inner
+def _pool_back_plane(n, c, out_grad, in_grad, argidx, kernel_size, stride):
+    """One plane of _pool_back.  Unsigned indices and divisions are faster: nothing can be negative."""
+    out_height, out_width = out_grad.shape[2:]
+    height, width = in_grad.shape[2:]
+    K, S = np.uint32(kernel_size), np.uint64(stride)
+    for h in range(height):
+        for w in range(width):
+            in_grad[n, c, h, w] = 0
+    for h in range(np.uint64(out_height)):
+        for w in range(np.uint64(out_width)):
+            index = np.uint32(argidx[n, c, h, w])
+            in_grad[n, c, h * S + index // K, w * S + index % K] += out_grad[n, c, h, w]
+
+
 # ------------------------------------------------------------------------------------ fully connected loops
 
 @inner(disjoint=True)
@@ -872,6 +910,25 @@ def _fully_connect(inputs, outputs, weight, bias):
                 outputs[n, o] = sums[0] + bias[o]
 
 
+@inner
+def _add_met_rows(numbers, in_features, first, last, out_grad, weights, rows):
+    """The columns from `first` to `last` of _fully_connect_back, of the rows of the weight that are listed."""
+    batch, whole = len(out_grad), len(rows) // 4 * 4
+    for n in range(batch):
+        for i in range(first, last):
+            numbers[n * in_features + i] = 0
+    for r in range(0, whole, 4):
+        a, b, c, d = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+        for n in range(batch):
+            _add_four_rows(numbers, n * in_features + first, last - first, weights,
+                           a * in_features + first, b * in_features + first, c * in_features + first,
+                           d * in_features + first, out_grad[n, a], out_grad[n, b], out_grad[n, c], out_grad[n, d])
+    for r in range(whole, len(rows)):
+        for n in range(batch):
+            _add_one_row(numbers, n * in_features + first, last - first, weights, rows[r] * in_features + first,
+                         out_grad[n, rows[r]])
+
+
 @kernel(parallel=True)
 def _fully_connect_back(out_grad, in_grad, weight, jobs):
     """in_grad[n, i] = sum over o of out_grad[n, o] * weight[o, i].
@@ -891,22 +948,11 @@ def _fully_connect_back(out_grad, in_grad, weight, jobs):
         if not zeros:
             rows[met] = o
             met += 1
-    for job in prange(jobs):
-        first, last = min(in_features, job * width), min(in_features, job * width + width)
-        for n in range(batch):
-            for i in range(first, last):
-                in_grad[n, i] = 0
-        whole = met // 4 * 4
-        for r in range(0, whole, 4):
-            a, b, c, d = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
-            for n in range(batch):
-                _add_four_rows(numbers, n * in_features + first, last - first, weights,
-                               a * in_features + first, b * in_features + first, c * in_features + first,
-                               d * in_features + first, out_grad[n, a], out_grad[n, b], out_grad[n, c], out_grad[n, d])
-        for r in range(whole, met):
-            for n in range(batch):
-                _add_one_row(numbers, n * in_features + first, last - first, weights, rows[r] * in_features + first,
-                             out_grad[n, rows[r]])
+    rows = rows[:met]
+    for index in prange(jobs):
+        job = np.int64(index)
+        _add_met_rows(numbers, in_features, min(in_features, job * width), min(in_features, job * width + width),
+                      out_grad, weights, rows)
 
 
 @kernel(parallel=True)
@@ -1288,21 +1334,12 @@ class MaxPoolLayer(object):
     def _pool_back(out_grad, in_grad, argidx, kernel_size, stride):
         """Fill in_grad: each gradient is added where its maximum was found, and the rest is 0.  Return it.
 
-        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.  Unsigned
-        indices and divisions are faster: nothing can be negative.
+        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.
         """
-        batch, channels, out_height, out_width = out_grad.shape
-        height, width = in_grad.shape[2:]
-        K, S = np.uint32(kernel_size), np.uint64(stride)
-        for plane in prange(batch * channels):
-            n, c = plane // channels, plane % channels
-            for h in range(height):
-                for w in range(width):
-                    in_grad[n, c, h, w] = 0
-            for h in range(np.uint64(out_height)):
-                for w in range(np.uint64(out_width)):
-                    index = np.uint32(argidx[n, c, h, w])
-                    in_grad[n, c, h * S + index // K, w * S + index % K] += out_grad[n, c, h, w]
+        batch, channels = out_grad.shape[:2]
+        for index in prange(batch * channels):
+            plane = np.int64(index)
+            _pool_back_plane(plane // channels, plane % channels, out_grad, in_grad, argidx, kernel_size, stride)
         return in_grad
 
 
