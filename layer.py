@@ -62,8 +62,9 @@ def kernel(function=None, parallel=False):
 def inner(function=None, parallel=False, of='', disjoint=False):
     """Compile for loops that only other compiled loops call: without an entry for Python, and kept with the caller.
 
-    Most loops over prange do no more than call one of these: numba goes over all that stands in such a loop again and
-    again; as functions of their own they took half as long to compile.
+    Most long loops over prange do no more than call one of these: numba goes over all that stands in such a loop again
+    and again, and compiles a function of its own sooner.  _pool and _fully_connect keep what they do in the loop, as
+    numba 0.56 makes slower machine code of it elsewhere.
 
     `of` tells the functions apart that one def makes: their machine code, read from the disk, goes by the def's name.
     `disjoint` promises that no array of the function shares memory with one that it writes (in C: restrict).  Else each
@@ -753,7 +754,7 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
 
 @inner(parallel=True)
 def _clear(planes):
-    """planes[n, c, h, w] = 0: to each thread those rows that _correlate will share out to it, so that it has them."""
+    """planes[n, c, h, w] = 0.  A thread takes about the rows that _correlate will let it begin with."""
     batch, channels, height, width = planes.shape
     for index in prange(batch * height):
         job = np.int64(index)
