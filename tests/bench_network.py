@@ -12,16 +12,18 @@ import sys
 import tempfile
 import time
 
+import numba
 import numpy as np
 
 import textbook
-from bench import TEXTBOOK, Machine, get_num_threads, in_turns, ladders_of, on_one_thread, torch
+from bench import get_num_threads, in_turns, on_one_thread, torch
 from file import memory
-from layer import ConvolutionLayer
-from vgg import VGG16
+from layer import ConvolutionLayer, FullyConnectLayer, MaxPoolLayer
+from vgg import VGG16, _count
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(HERE)
+ROUNDS = 3    # of whole passes in each repeat
 
 
 def say(text):
@@ -134,7 +136,8 @@ def row(what, mine, other):
 def passes(model, x, repeats, end='', all_rows=True):
     """Lines of text about the whole forward and backward pass, taking turns with torch.
 
-    `end` is put behind their names.  all_rows: beside the textbook and one thread, too.
+    `end` is put behind their names.  all_rows: beside the textbook and one thread, too.  The textbook's passes take a
+    hundred times as long and are not repeated as often.
     """
     out_grad = np.ones((1, 4))
 
@@ -163,8 +166,10 @@ def passes(model, x, repeats, end='', all_rows=True):
     plain, times, lines = [], {name: [] for name in works}, []
     for _ in range(repeats):
         if all_rows:
-            plain.append(textbook_seconds(model))
-        for name, seconds in in_turns(works, 1, warm=True).items():
+            say('the textbook: a minute or two')
+            plain.append(textbook_passes(model, x, out_grad)[2])
+            say('whole passes')
+        for name, seconds in in_turns(works, ROUNDS, warm=True).items():
             times[name] += seconds
     if torch:
         lines += [row('forward with prints / torch float32' + end, times['forward'], times['torch forward']),
@@ -179,24 +184,47 @@ def passes(model, x, repeats, end='', all_rows=True):
     return '\n'.join(lines)
 
 
-def textbook_seconds(model):
-    """One forward and one backward pass with the textbook's loops: convolutions (two channels of each, scaled up),
-    poolings and fully connected layers; what is between them is left out."""
-    say('textbook')
-    total = 0
-    names = [name for name in model.graph_layers if 'conv' in name or 'maxpool' in name]
-    for steps in ladders_of(names, Machine(1, 1, 1), channels=2):
-        work = {TEXTBOOK: steps.rungs[TEXTBOOK]}
-        in_turns(work, 1)
-        total += in_turns(work, 1)[TEXTBOOK][0] / steps.part
+def textbook_passes(model, x, out_grad):
+    """(logits, gradient of x, seconds) of a forward and a backward pass with the textbook's loops, every layer whole.
+
+    Seconds are those in the textbook's loops alone.  It has none for ReLU and flatten: these are the model's own layers.
+    """
+    seconds, shapes, argidx = [], {}, {}
+
+    def timed(formula, *arguments):
+        formula.compile(tuple(numba.typeof(argument) for argument in arguments))    # if it is not yet
+        start = time.perf_counter()
+        result = formula(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
+
     for name, layer in model.graph_layers.items():
-        if 'fullyconnect' in name:
-            x, y = np.ones((1, layer.in_features), np.float32), np.ones((1, layer.out_features), np.float32)
-            works = {'forward': lambda: textbook.fully_connect(x, y, layer.weight, layer.bias),
-                     'backward': lambda: textbook.fully_connect_back(y, x, layer.weight)}
-            in_turns(works, 1)
-            total += sum(times[0] for times in in_turns(works, 1).values())
-    return total
+        shapes[name] = x.shape
+        y = np.empty(x.shape[:1] + _count(layer, x.shape[1:])[1], x.dtype)
+        if isinstance(layer, ConvolutionLayer):
+            P = layer.padding
+            x = np.pad(x, ((0, 0), (0, 0), (P, P), (P, P)), mode='constant')
+            x = timed(textbook.conv, x, y, layer.weight, layer.bias, layer.kernel_size, layer.stride)
+        elif isinstance(layer, MaxPoolLayer):
+            x, argidx[name] = timed(textbook.pool, y, x, np.empty(y.shape, np.int32), layer.kernel_size, layer.stride)
+        elif isinstance(layer, FullyConnectLayer):
+            x = timed(textbook.fully_connect, x, y, layer.weight, layer.bias)
+        else:
+            x = layer.forward(x)
+    for name, layer in reversed(list(model.graph_layers.items())):
+        if isinstance(layer, ConvolutionLayer):
+            P, (batch, channels, height, width) = layer.padding, shapes[name]
+            in_grad = np.zeros((batch, channels, height + 2 * P, width + 2 * P))
+            timed(textbook.conv_back, out_grad, in_grad, layer.weight, layer.kernel_size, layer.stride)
+            out_grad = np.ascontiguousarray(in_grad[:, :, P:P + height, P:P + width])
+        elif isinstance(layer, MaxPoolLayer):
+            out_grad = timed(textbook.pool_back, out_grad, np.zeros(shapes[name]), argidx[name], layer.kernel_size,
+                             layer.stride)
+        elif isinstance(layer, FullyConnectLayer):
+            out_grad = timed(textbook.fully_connect_back, out_grad, np.zeros(shapes[name]), layer.weight)
+        else:
+            out_grad = layer.backward(out_grad)
+    return x, out_grad, sum(seconds)
 
 
 # ------------------------------------------------------------------------------------- main.py as a process

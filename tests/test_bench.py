@@ -199,12 +199,25 @@ def test_window_table_divides_seconds_by_multiply_adds(monkeypatch):
 def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
     monkeypatch.setattr(bench_network, 'torch', None)
     seconds = iter([1.0, 3.0])
-    monkeypatch.setattr(bench_network, 'textbook_seconds', lambda model: next(seconds))
+    monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, next(seconds)))
     model, x = Small(), np.ones((1, 3, 8, 8), np.float32)
     model.forward(x)
     capsys.readouterr()
     text = bench_network.passes(model, x, 2)
     assert 'textbook / ours' in text and '2.000 s [1.000 .. 3.000]' in text and capsys.readouterr().out == ''
+
+
+def test_textbook_passes_are_the_networks(monkeypatch):
+    """And their seconds are those in the formulas: here each of the six takes one, and nothing else any."""
+    model, rng, clock = Small(), np.random.RandomState(0), []
+    x, out_grad = rng.normal(0, 1, (2, 3, 8, 8)).astype(np.float32), rng.normal(0, 1, (2, 4))
+    logits = model.forward(x)
+    in_grad = model.backward(out_grad)
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock.append(0) or len(clock))
+    plain_logits, plain_grad, seconds = bench_network.textbook_passes(model, x, out_grad)
+    np.testing.assert_allclose(plain_logits, logits, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(plain_grad, in_grad, rtol=1e-12, atol=1e-18)
+    assert (seconds, len(clock)) == (6, 12)
 
 
 def test_a_row_is_the_ratio_of_the_medians():
