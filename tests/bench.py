@@ -126,7 +126,11 @@ def convolution_rungs(plain, x, y, weight, bias, ours):
 
 
 def convolution_ladders(name, layer, shape, peaks, channels):
-    """Forward in float32 and backward in float64, as the lab's dtypes have it; `channels` for the textbook."""
+    """Forward in float32 and backward in float64, as the lab's dtypes have it; `channels` for the textbook.
+
+    Backward it takes longer for a channel among all of them: here the few sums that it goes to and fro between stay in
+    the fastest cache.  bench_network.py times it whole.
+    """
     K, P, rng = layer.kernel_size, layer.padding, np.random.RandomState(0)
     plane, (ins, outs) = shape[1:], (shape[0], layer.out_channels)
     weight = rng.normal(0, (2 / (ins * K * K)) ** 0.5, layer.weight_shape).astype(np.float32)

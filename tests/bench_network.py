@@ -23,7 +23,7 @@ from vgg import VGG16, _count
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(HERE)
-ROUNDS = 3    # of whole passes in each repeat
+ROUNDS = 5    # of whole passes in each repeat
 
 
 def say(text):
