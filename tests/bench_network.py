@@ -187,7 +187,7 @@ def passes(model, x, repeats, end='', all_rows=True):
 def textbook_passes(model, x, out_grad):
     """(logits, gradient of x, seconds) of a forward and a backward pass with the textbook's loops, every layer whole.
 
-    Seconds are those in the textbook's loops alone.  It has none for ReLU and flatten: here the model's layers do these.
+    Seconds are those in the textbook's loops alone.  For ReLU and flatten it has none: the model's layers do these.
     """
     seconds, shapes, argidx = [], {}, {}
 
