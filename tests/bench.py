@@ -213,15 +213,15 @@ def pooling_ladders(name, layer, shape, peaks):
 
 # -------------------------------------------------------------------------------------------- the command
 
-def ladders_of(names, peaks, channels=4):
-    """The two ladders, forward and backward, of each layer that is named; the textbook does so many channels."""
+def ladders_of(names, peaks):
+    """The two ladders, forward and backward, of each layer that is named; the textbook does four channels."""
     shape = (3, 224, 224)
     for name, layer in VGG16().graph_layers.items():
         if name in names:
             if isinstance(layer, MaxPoolLayer):
                 pair = pooling_ladders(name, layer, shape, peaks)
             else:
-                pair = convolution_ladders(name, layer, shape, peaks, channels)
+                pair = convolution_ladders(name, layer, shape, peaks, 4)
             yield from pair
         shape = _count(layer, shape)[1]
 

@@ -162,13 +162,12 @@ def passes(model, x, repeats, end='', all_rows=True):
         y64, g64 = through(float64, x64), torch.from_numpy(out_grad).double()
         works['torch forward'] = lambda: through(float32, torch.from_numpy(x))
         works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
-    say('whole passes')
     plain, times, lines = [], {name: [] for name in works}, []
     for _ in range(repeats):
         if all_rows:
             say('the textbook: a minute or two')
             plain.append(textbook_passes(model, x, out_grad)[2])
-            say('whole passes')
+        say('whole passes')
         for name, seconds in in_turns(works, ROUNDS, warm=True).items():
             times[name] += seconds
     if torch:

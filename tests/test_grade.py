@@ -377,7 +377,7 @@ def test_an_interrupted_grading_leaves_no_process_and_no_file(package, tmp_path,
         try:
             os.kill(int(pid.read_text()), signal.SIGKILL)
             left = True
-        except OSError:    # it is gone
+        except ProcessLookupError:
             left = False
     assert (process.returncode, out, err.split('\n')[-2]) == (130, '', 'grade.py: interrupted')
     assert os.listdir(str(temporary)) == [] and not left
