@@ -34,6 +34,9 @@ SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
 SHEET = 2**16 + 16   # between what two products take of all planes, or of all weights: nor here
 ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
+MANY = 2**16         # windows of a weight: where it has more, each thread spreads those of the channels that it takes
+OWN = 8              # so many output channels at a time
+PART = 256           # and input channels, at most: a multiple of eight, see _add_eights
 LANES = 512          # partial sums of a dot product
 ASIDE = LANES + 16   # between those of two dot products: again no power of two
 COLUMNS = 16384      # of a fully connected layer's input gradient that one job covers, at most
@@ -277,9 +280,9 @@ def _aligned(numbers):
 
 
 @inner
-def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eights, weight, kind, channel, picks, bias,
-                     out, to, plane, down, across, height, width):
-    """One piece of _correlate's work: `band` positions from `first` on of image n, for the channels of group g."""
+def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight, channel, picks, bias, out, to, plane,
+                     down, across, height, width):
+    """One piece of _correlate's work: `band` positions of an image, from `first` on, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
     if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane may have no room for what is dropped
         length = _whole_vectors(length, x)
@@ -288,12 +291,8 @@ def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eig
     y0, y1, y2, y3 = bias[a], bias[b], bias[c], bias[d]    # past the last channel again that one, and not stored
     for p in range(length):
         acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = y0, y1, y2, y3
-    w1, w2, w3 = (b - a) * channel, (c - a) * channel, (d - a) * channel
-    done = np.int64(0)
-    if eights is not None and eights == 1:
-        _add_eights(acc, length, x, start, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
-        done = len(reads) // 8 * 8
-    _add_taps(acc, length, x, start, done, reads, weight, n * kind + a * channel, picks, w1, w2, w3)
+    _add_taps(acc, length, x, start, np.int64(0), reads, weight, a * channel, picks, (b - a) * channel,
+              (c - a) * channel, (d - a) * channel)
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
@@ -306,43 +305,40 @@ def _correlate_piece(acc, n, first, band, g, x, start, row, reads, furthest, eig
 
 
 @inner
-def _correlate_jobs(job, taken, pieces, bands, groups, band, x, image, row, reads, furthest, eights, weight, kind,
-                    channel, picks, bias, out, size, to, plane, down, across, height, width):
+def _correlate_jobs(job, taken, pieces, bands, groups, band, x, image, row, reads, furthest, weight, channel, picks,
+                    bias, out, size, to, plane, down, across, height, width):
     """The jobs of _correlate that one thread comes to, `job` the first of them."""
     jobs = len(taken)
-    numbers = np.int64(2 * GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
+    numbers = np.int64(GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
     acc = _aligned(np.empty(numbers, dtype=x.dtype))
     job = _next_job(taken, job)
     while job >= 0:
         for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
             n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
-            _correlate_piece(acc, n, first, band, g, x, n * image + first, row, reads, furthest, eights, weight,
-                             kind, channel, picks, bias, out, n * size + to, plane, down, across, height, width)
+            _correlate_piece(acc, first, band, g, x, n * image + first, row, reads, furthest, weight, channel, picks,
+                             bias, out, n * size + to, plane, down, across, height, width)
         job = _next_job(taken, job)
 
 
 @inner(parallel=True)
-def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
-               out, images, size, to, plane, down, across, height, width):
+def _correlate(x, image, row, reads, weight, channel, picks, bias, out, images, size, to, plane, down, across, height,
+               width):
     """The sum at the heart of both directions of a convolution.
 
     For every image n < images, channel c < len(bias), row h < height and column w < width
 
         out[n * size + to + c * plane + h * down + w * across]
-            = bias[c] + sum over taps t of weight[n * kind + c * channel + picks[t]]
-                                         * x[n * image + reads[t] + h * row + w]
+            = bias[c] + sum over taps t of weight[c * channel + picks[t]] * x[n * image + reads[t] + h * row + w]
 
-    A tap is one term of the formula's triple sum: which number of the planes it reads, and which weight it picks; kind
-    is 0 but for _winograd_by, where each image has weights of its own.
+    A tap is one term of the formula's triple sum: which number of the planes it reads, and which weight it picks.
 
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
     end of one row of outputs and the start of the next are computed as well, and dropped.
 
     A piece of the work is up to BAND consecutive positions of GROUP output channels of one image: its sums stay in the
-    fastest cache while all taps are added to them, in the formula's order; or eight at a time, where `eights` is 1: see
-    _add_eights.  (For gradients it is None, and numba does not compile those loops for them.)  A job takes some pieces,
-    one after the other.
+    fastest cache while all taps are added to them, in the formula's order.  A job takes some pieces, one after the
+    other.
     """
     positions = (height - 1) * row + width
     bands = (positions + BAND - 1) // BAND
@@ -355,8 +351,8 @@ def _correlate(x, image, row, reads, eights, weight, kind, channel, picks, bias,
     jobs = min(pieces, JOBS)
     taken = _nothing_taken(jobs)
     for index in prange(jobs):    # it counts in uint64: numba would compile what follows for both
-        _correlate_jobs(np.int64(index), taken, pieces, bands, groups, band, x, image, row, reads, furthest, eights,
-                        weight, kind, channel, picks, bias, out, size, to, plane, down, across, height, width)
+        _correlate_jobs(np.int64(index), taken, pieces, bands, groups, band, x, image, row, reads, furthest, weight,
+                        channel, picks, bias, out, size, to, plane, down, across, height, width)
 
 
 @inner
@@ -407,8 +403,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     The longer the line, the larger the factors in such sums, and the more of each product's rounding error is left in
     the outputs.  float64 has plenty of digits: backward takes tiles of 4x4 outputs.  Forward, in float32, takes 3x3,
-    makes the sums before and after the products in float64, and lets _correlate add up eight products at a time: from
-    64 input channels on its errors are then smaller than those of the formula, which adds one product after the other.
+    makes the sums before and after the products in float64, and adds up eight products at a time (_add_eights): from 64
+    input channels on its errors are then smaller than those of the formula, which adds one product after the other.
     (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 
     The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
@@ -423,9 +419,14 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     1. spread: the sums that the products take of the inputs, made once for all output channels, and those that they
        take of the weights, some output channels at a time;
-    2. _correlate: the products, each added up over all input channels.  Nearly all work is left here, for each of the
-       side * side products a convolution of 1x1: they are the images of one _correlate.  Its positions are the tiles;
+    2. multiply: the products, each added up over all input channels.  Nearly all work is left here: for each of the
+       side * side products it is a convolution of 1x1, whose positions are the tiles;
     3. gather: the outputs of those sums.
+
+    Threads wait for each other after each step.  Where a weight has MANY windows they do not: spread, they are several
+    times as large as a cache (512 x 512 of them are 75 MB), but each meets few tiles.  There all threads spread the
+    inputs, and then each takes OWN output channels through all that is left, PART input channels at a time: what it
+    spreads of the weights, it multiplies before it leaves the cache of its core.
 
     Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
     argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
@@ -435,6 +436,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     spread_down, spread_across = inputs_of(1, ROW), inputs_of(tile, SHEET)
     weights_down, weights_across = weights_of(-3 if back else 3, 3 * LINE), weights_of(1, SHEET)
     gather_down, gather_across = outputs_of(1, LINE), outputs_of(tile, SIDE * LINE)
+    SPREAD, MULTIPLY, GATHER, ALL = np.int64(1), np.int64(2), np.int64(4), np.int64(7)
 
     @inner(of=tile)
     def spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v):
@@ -467,54 +469,58 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 spread_across(v, i * side * SHEET + k * line + h * across + begin - first, b, i * ROW, one, end - begin)
 
     @inner(of=tile)
-    def spread_weights(a, b, row, weight, first, count, side, pitch, packed):
-        """packed[(i * side + j) * SHEET + row * pitch + q] = what product (i, j) takes of the window first + q.
+    def spread_weights(a, b, weight, planes, channels, k, some, top, mine, side, pitch, to, packed):
+        """packed[(i * side + j) * SHEET + to + r * pitch + q] = what product (i, j) takes of window q of row r.
 
-        a and b have room for the columns of TILES windows, as above.
+        These are the windows from `some` planes, k the first, to `mine` channels, top the first.  They lie in the
+        weight in rows, backward one for each plane, forward one for each channel.  A row has TILES windows at most; as
+        many rows as have no more in all are taken at once, if they also lie one behind the other in packed.
+        a and b have room for the columns of as many windows, as above.
         """
         zero, one, two, by = np.int64(0), np.int64(1), np.int64(2), np.int64(3 * LINE)
-        for q in range(0, count, TILES):
-            length = min(TILES, count - q)
+        rows, count = (some, mine) if back else (mine, some)
+        first, apart = (k * channels + top, channels) if back else (top * planes + k, planes)
+        together = TILES // count if count == pitch else one
+        for r in range(0, rows, together):
+            length = min(together, rows - r) * count
             beside = 3 * length    # a column of all these windows, from top to bottom
-            _columns(a, 2 * beside if back else zero, -beside if back else beside, weight, (first + q) * 9, beside)
+            for q in range(0, length, count):
+                _columns(a, 3 * q + 2 * beside if back else 3 * q, -beside if back else beside, weight,
+                         (first + (r + q // count) * apart) * 9, 3 * count)
             weights_down(b, zero, a, two if back else zero, one, beside)    # three columns in one
             for i in range(side):
-                weights_across(packed, i * side * SHEET + row * pitch + q, b, i * by, length, length)
+                weights_across(packed, i * side * SHEET + to + r * pitch, b, i * by, length, length)
 
     @inner(of=tile)
-    def spread_jobs(job, taken, planes, of_rows, x, plane, height, width, frame, first, length, across, side, line, v,
-                    weight, channels, top, count, pitch, packed):
-        """The jobs of spread that one thread comes to, `job` the first of them."""
-        jobs, numbers = len(taken), np.int64(SIDE * ROW)
-        a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
-        columns = b[numbers:]    # all three here: a plane or a row of windows takes less time than some np.empty
-        job = _next_job(taken, job)
-        while job >= 0:
-            if top == 0:
-                for k in range(job * planes // jobs, (job + 1) * planes // jobs):
-                    spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v)
-            for row in range(job * of_rows // jobs, (job + 1) * of_rows // jobs):
-                window = row * channels + top if back else (top + row) * planes
-                spread_weights(columns, b, row, weight, window, count, side, pitch, packed)
-            job = _next_job(taken, job)
+    def multiply(acc, m, q, c, rows, k, line, v, reads, packed, picks, channel):
+        """m[(q * rows + c) * line + p] = product q of tile p in channel c, over the planes up to k + len(reads).
 
-    @inner(parallel=True, of=tile)
-    def spread(planes, of_rows, x, plane, height, width, frame, first, length, across, side, line, v, weight, channels,
-               top, count, pitch, packed):
-        """Step 1: a job takes some of the planes, if there are any to be taken, and its share of the weights."""
-        jobs = min(planes, JOBS)
-        taken = _nothing_taken(jobs)
-        for index in prange(jobs):
-            spread_jobs(np.int64(index), taken, planes, of_rows, x, plane, height, width, frame, first, length, across,
-                        side, line, v, weight, channels, top, count, pitch, packed)
+        Those of the planes before k are there already.  The next three channels alike: m and packed have room for them,
+        also where there are none.
+        """
+        to, done, one = (q * rows + c) * line, np.int64(0), np.int64(1)
+        if k == 0:
+            for p in range(line):
+                acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = 0, 0, 0, 0
+        else:
+            for i in range(GROUP):
+                _copy(acc, i * PITCH, m, to + i * line, one, line)
+        start, first = q * SHEET + k * line, q * SHEET + c * channel
+        if not back:    # numba compiles this for forward only
+            if acc.itemsize == 4:
+                _add_eights(acc, line, v, start, reads, packed, first, picks, channel, 2 * channel, 3 * channel)
+                done = len(reads) // 8 * 8
+        _add_taps(acc, line, v, start, done, reads, packed, first, picks, channel, 2 * channel, 3 * channel)
+        for i in range(GROUP):
+            _copy(m, to + i * line, acc, i * PITCH, one, line)
 
     @inner(of=tile)
-    def gather_plane(o, m, channels, line, first, length, across, side, bias, plane):
-        """The outputs of one channel, of its sums m[(i * side + j) * channels + o], a line each."""
+    def gather_plane(m, o, rows, line, first, length, across, side, bias, plane):
+        """The outputs of one channel, of its sums m[((i * side + j) * rows + o) * line + p]."""
         b, last = np.empty(np.int64(SIDE * SIDE * LINE), dtype=np.float64), np.empty(np.int64(SIDE), dtype=plane.dtype)
         zero, one, apart = np.int64(0), np.int64(1), np.int64(SIDE * LINE)
         for j in range(side):
-            gather_down(b, j * apart, m, (j * channels + o) * line, side * channels * line, length, 0.0)
+            gather_down(b, j * apart, m, (j * rows + o) * line, side * rows * line, length, 0.0)
         height, width = plane.shape
         for h in range(first // across, (first + length - 1) // across + 1):
             begin, end = max(0, first - h * across), min(across, first + length - h * across)
@@ -528,43 +534,83 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                         row[w] = last[w - whole * tile]
 
     @inner(of=tile)
-    def gather_jobs(job, taken, m, channels, line, first, length, across, side, bias, out, n, top):
-        """The jobs of gather that one thread comes to, `job` the first of them."""
-        jobs = len(taken)
-        job = _next_job(taken, job)
+    def work(step, job, taken, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v, packed, reads, picks,
+             m, out):
+        """The jobs of share that one thread comes to, `job` the first of them."""
+        job, jobs = _next_job(taken, job), len(taken)
+        if job < 0:
+            return
+        planes, height, width, frame, channels, across, side, line, pitch = sizes
+        zero, own, products, numbers = np.int64(0), np.int64(OWN), side * side, np.int64(SIDE * ROW)
+        a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
+        columns, acc = b[numbers:], _aligned(np.empty(np.int64(2 * GROUP * PITCH + 16), dtype=out.dtype))
+        channel, blocks = np.int64(1) if back else pitch, (mine + OWN - 1) // OWN
+        rows, part = blocks * OWN, planes if step == MULTIPLY else np.int64(PART)
+        if step == ALL:
+            rows, packed = own, _aligned(np.empty(products * SHEET + 16, dtype=out.dtype))
+            m = _aligned(np.empty(products * own * line + 16, dtype=out.dtype))
         while job >= 0:
-            for o in range(job * channels // jobs, (job + 1) * channels // jobs):
-                gather_plane(o, m, channels, line, first, length, across, side, bias[top + o], out[n, top + o])
+            for u in range(begin + job * (end - begin) // jobs, begin + (job + 1) * (end - begin) // jobs):
+                if u < 0:
+                    spread_plane(a, b, u + planes, x, n * planes, height, width, frame, first, length, across, side,
+                                 line, v)
+                    continue
+                q, c = u // blocks, u % blocks * OWN
+                last, some = q + 1 if step == MULTIPLY else products, min(own, mine - c)
+                o = zero if step == ALL else c    # where these channels begin in packed and in m
+                for k in range(0, planes, part):
+                    along, t = min(part, planes - k), zero if step == ALL else k
+                    if step & SPREAD:
+                        spread_weights(columns, b, weight, planes, channels, k, along, top + c, some, side, pitch,
+                                       o * channel + picks[t], packed)
+                    if step & MULTIPLY:
+                        for i in range(q, last):
+                            for g in range(o, o + some, GROUP):
+                                multiply(acc, m, i, g, rows, k, line, v, reads[:along], packed, picks[t:], channel)
+                if step & GATHER:
+                    for g in range(some):
+                        gather_plane(m, o + g, rows, line, first, length, across, side, bias[top + c + g],
+                                     out[n, top + c + g])
             job = _next_job(taken, job)
 
     @inner(parallel=True, of=tile)
-    def gather(m, channels, line, first, length, across, side, bias, out, n, top):
-        """Step 3: the outputs of image n from channel `top` on; what lies past the edge of a plane is dropped."""
-        jobs = min(channels, JOBS)
+    def share(step, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v, packed, reads, picks, m, out):
+        """The parts begin to end of a step, in jobs that threads share, for `length` tiles of image n from `first` on.
+
+        A part is OWN of the `mine` output channels from `top` on; to MULTIPLY, one product of these.  The parts below
+        zero are planes of the inputs to be spread.  ALL: the three steps one after the other.
+        """
+        jobs = min(end - begin, JOBS)
         taken = _nothing_taken(jobs)
         for index in prange(jobs):
-            gather_jobs(np.int64(index), taken, m, channels, line, first, length, across, side, bias, out, n, top)
+            work(step, np.int64(index), taken, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v,
+                 packed, reads, picks, m, out)
 
     @inner(of=tile)
     def winograd(x, height, width, frame, weight, bias, out):
         batch, channels, out_height, out_width = out.shape
         # numba would compile once more for plain ints
-        zero, one, side, kind = np.int64(0), np.int64(1), np.int64(tile + 2), np.int64(SHEET)
+        zero, one, side = np.int64(0), np.int64(1), np.int64(tile + 2)
         products, planes = side * side, len(weight) // 9 // channels
         across = (out_width + tile - 1) // tile
         tiles = (out_height + tile - 1) // tile * across
-        most = min(3 * TILES // 4 if back else TILES, SHEET // planes // 16 * 16)    # float64 fills the caches sooner
+        many = planes * channels > MANY
+        most = TILES // 3 if many else 3 * TILES // 4 if back else TILES    # float64 fills the caches sooner
+        most = min(most, SHEET // planes // 16 * 16)
         bands = (tiles + most - 1) // most
         line = _whole_vectors((tiles + bands - 1) // bands, out)
         bands = (tiles + line - 1) // line
         # output channels at a time: eight vectors, so that less falls out of a cache, or what a sheet has room for
-        block = min(channels, 512 // out.itemsize, (SHEET // planes - 8) // 8 * 8)
-        rows, pitch = (planes, _whole_vectors(block, out) + 8) if back else (block, planes + 4)    # of packed weights
-        packed = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
-        eights = None if back else one if out.itemsize == 4 else zero
-        v = _aligned(np.empty(products * kind + 16, dtype=out.dtype))
-        m = _aligned(np.empty(products * block * line + 16, dtype=out.dtype))
-        nothing = np.zeros(channels, dtype=out.dtype)
+        block = channels if many else min(channels, 512 // out.itemsize, (SHEET // planes - 8) // 8 * 8)
+        if many:    # from one row of packed weights to the next
+            pitch = np.int64(OWN) if back else min(planes, PART)
+        else:
+            pitch = _whole_vectors(block, out) + 8 if back else planes + 4
+        sizes = planes, height, width, frame, channels, across, side, line, pitch
+        shared = zero if many else products    # else each thread has room of its own
+        packed = _aligned(np.empty(shared * SHEET + 16, dtype=out.dtype))
+        m = _aligned(np.empty(shared * (block + OWN) * line + 16, dtype=out.dtype))
+        v = _aligned(np.empty(products * SHEET + 16, dtype=out.dtype))
         reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
         for k in range(planes):
             reads[k], picks[k] = k * line, k * pitch if back else k
@@ -573,12 +619,15 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             length = min(line, tiles - first)
             for top in range(0, channels, block):
                 mine = min(block, channels - top)
-                spread(planes, (planes if back else mine) if index == 0 or block < channels else zero, x, n * planes,
-                       height, width, frame, first, length, across, side, line, v, weight, channels, top,
-                       mine if back else planes, pitch, packed)
-                _correlate(v, kind, line, reads, eights, packed, kind, one if back else pitch, picks, nothing[:mine],
-                           m, products, mine * line, zero, line, zero, one, one, length)
-                gather(m, mine, line, first, length, across, side, bias, out, n, top)
+                blocks = (mine + OWN - 1) // OWN
+                for k in range(2 if many else 3):
+                    step = ALL if many and k == 1 else SPREAD << k
+                    begin, end = zero, blocks * (products if step == MULTIPLY else one)
+                    if step == SPREAD:
+                        begin = -planes if top == 0 else zero
+                        end = zero if many or index > 0 and block == channels else blocks
+                    share(step, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v, packed, reads,
+                          picks, m, out)
 
     return winograd
 
@@ -746,9 +795,9 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
         reads[t] = (part * rows + i // S) * columns + j // S
         picks[t] = t
     size = out_height * out_width
-    _correlate(x, in_channels * used * used * rows * columns, columns, reads, np.int64(0), weights, np.int64(0), taps,
-               picks, bias, outputs.reshape(-1), batch, out_channels * size, np.int64(0), size, out_width, np.int64(1),
-               out_height, out_width)
+    _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, taps, picks, bias,
+               outputs.reshape(-1), batch, out_channels * size, np.int64(0), size, out_width, np.int64(1), out_height,
+               out_width)
     return outputs
 
 
@@ -809,9 +858,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             c, u, v = t // wide // tall, tall - 1 - t // wide % tall, wide - 1 - t % wide
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
-        _correlate(x, out_channels * rows * columns, columns, reads, None, typed, np.int64(0), K * K, picks,
-                   nothing, numbers, batch, in_channels * height * width, a * width + b, height * width, S * width, S,
-                   high, broad)
+        _correlate(x, out_channels * rows * columns, columns, reads, typed, K * K, picks, nothing, numbers, batch,
+                   in_channels * height * width, a * width + b, height * width, S * width, S, high, broad)
     return in_grad
 
 

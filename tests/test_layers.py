@@ -33,10 +33,11 @@ CONVOLUTIONS = [
     (0, 2, 3, 6, 6, 3, 1, 1),
 ]
 # The same for layers that take Winograd's way, which rounds otherwise than the formula: odd and even sides, channels
-# beyond the last group and the last block of groups, rows longer than a band, other paddings, hardly any tiles.
+# beyond the last group and the last block of groups, rows longer than a band, other paddings, hardly any tiles, and
+# so many weights that a thread spreads its own, in parts.
 MANY_CHANNELS = [(1, 32, 32, 20, 20, 3, 1, 1), (2, 65, 35, 21, 22, 3, 1, 1), (1, 64, 32, 27, 31, 3, 0, 1),
                  (3, 68, 34, 22, 25, 3, 2, 1), (1, 64, 33, 21, 530, 3, 1, 1), (1, 67, 32, 300, 21, 3, 3, 1),
-                 (2, 130, 250, 16, 17, 3, 1, 1), (1, 260, 264, 16, 17, 3, 1, 1), (1, 32, 36, 14, 15, 3, 1, 1),
+                 (2, 130, 250, 16, 17, 3, 1, 1), (2, 260, 264, 16, 17, 3, 1, 1), (1, 32, 36, 14, 15, 3, 1, 1),
                  (2, 250, 130, 15, 14, 3, 1, 1), (1, 64, 32, 46, 41, 3, 9, 1), (1, 1100, 33, 22, 21, 3, 1, 1),
                  (1, 64, 32, 14, 1700, 3, 1, 1), (0, 32, 32, 20, 20, 3, 1, 1)]
 # batch, channels, height, width, kernel_size, stride
@@ -163,14 +164,15 @@ def test_convolution_of_many_channels_is_the_formula(case, dtype):
 @backward_stage
 @pytest.mark.parametrize('channels, same', [(2850, False), (4097, False), (4098, True)])
 def test_more_channels_than_there_is_room_for_keep_the_order_of_the_formula(channels, same):
-    layer, inputs, inputs_pad = convolution((1, channels, 32, 14, 14, 3, 1, 1))
+    """Planes of some bands of the few tiles that so many channels leave room for."""
+    layer, inputs, inputs_pad = convolution((1, channels, 32, 14, 18, 3, 1, 1))
     outputs = layer.forward(inputs)
     expected = textbook.conv(inputs_pad, np.zeros_like(outputs), layer.weight, layer.bias, 3, 1)
     np.testing.assert_allclose(outputs, expected, rtol=1e-10, atol=1e-10)
     assert (outputs == expected).all() == same
-    layer, inputs, inputs_pad = convolution((1, 32, channels, 14, 14, 3, 1, 1))
+    layer, inputs, inputs_pad = convolution((1, 32, channels, 14, 18, 3, 1, 1))
     out_grad = numbers(*layer.forward(inputs).shape, seed=1)
-    expected = textbook.conv_back(out_grad, np.zeros_like(inputs_pad), layer.weight, 3, 1)[:, :, 1:15, 1:15]
+    expected = textbook.conv_back(out_grad, np.zeros_like(inputs_pad), layer.weight, 3, 1)[:, :, 1:-1, 1:-1]
     in_grad = layer.backward(out_grad)
     np.testing.assert_allclose(in_grad, expected, rtol=1e-10, atol=1e-10)
     assert (in_grad == expected).all() == same
