@@ -495,8 +495,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     def multiply(acc, m, q, c, rows, k, line, v, reads, packed, picks, channel):
         """m[(q * rows + c) * line + p] = product q of tile p in channel c, over the planes up to k + len(reads).
 
-        Those of the planes before k are there already.  The next three channels alike: m and packed have room for them,
-        also where there are none.
+        Those of the planes before k are there already.  The next three channels alike: past the last one there is room,
+        and what comes of it is not gathered.
         """
         to, done, one = (q * rows + c) * line, np.int64(0), np.int64(1)
         if k == 0:
@@ -546,7 +546,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         columns, acc = b[numbers:], _aligned(np.empty(np.int64(2 * GROUP * PITCH + 16), dtype=out.dtype))
         channel, blocks = np.int64(1) if back else pitch, (mine + OWN - 1) // OWN
         rows, part = blocks * OWN, planes if step == MULTIPLY else np.int64(PART)
-        if step == ALL:
+        if step == ALL:    # nobody else needs what lies between the steps
             rows, packed = own, _aligned(np.empty(products * SHEET + 16, dtype=out.dtype))
             m = _aligned(np.empty(products * own * line + 16, dtype=out.dtype))
         while job >= 0:
@@ -555,7 +555,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                     spread_plane(a, b, u + planes, x, n * planes, height, width, frame, first, length, across, side,
                                  line, v)
                     continue
-                q, c = u // blocks, u % blocks * OWN
+                q, c = u // blocks, u % blocks * OWN    # the first product and channel of this part
                 last, some = q + 1 if step == MULTIPLY else products, min(own, mine - c)
                 o = zero if step == ALL else c    # where these channels begin in packed and in m
                 for k in range(0, planes, part):
