@@ -423,10 +423,10 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
        side * side products it is a convolution of 1x1, whose positions are the tiles;
     3. gather: the outputs of those sums.
 
-    Threads wait for each other after each step.  Where a weight has more than MANY windows, they do not: spread, these are
-    several times as large as a cache (512 x 512 of them are 75 MB), but each meets few tiles.  There all threads spread
-    the inputs, and then each takes OWN output channels through all that is left, PART input channels at a time: what a
-    core spreads of the weights, it multiplies itself, soon after.
+    Threads wait for each other after each step.  Where a weight has more than MANY windows, they do not: spread, these
+    are several times as large as a cache (512 x 512 of them are 75 MB), but each meets few tiles.  There all threads
+    spread the inputs, and then each takes OWN output channels through all that is left, PART input channels at a time:
+    what a core spreads of the weights, it multiplies itself, soon after.
 
     Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
     argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
