@@ -16,7 +16,7 @@ Three rules make the loops below fast without making their results depend on the
 """
 import numpy as np
 from numba import get_num_threads, jit, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 # 'contract' lets the compiler round a * b + c once instead of twice (a fused multiply-add).  It is the one
 # freedom given to it: the order of every sum stays as written.  It makes the convolutions about 1.5 times
@@ -758,11 +758,13 @@ _winograd_three = _winograd_by(3, False, _three_inputs, _three_weights, _three_o
 _winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_outputs)
 
 
-@inner
-def _winograd_pays(in_channels, out_channels, out_height, out_width):
-    """Whether there are enough channels and positions to share the sums that are made beforehand, and room for them."""
-    return 32 <= min(in_channels, out_channels) <= max(in_channels, out_channels) <= SHEET // 16 and (
-        min(out_height, out_width) >= 14)
+@register_jitable    # for Python and for compiled loops
+def _winograd_pays(read, written, height, width):
+    """Whether the channels that are read and the outputs' positions are enough to make sums of them beforehand.
+
+    And whether the channels that are read or written are not too many: there would be no room for their sums.
+    """
+    return 32 <= read and max(read, written) <= SHEET // 16 and min(height, width) >= 14
 
 
 # --------------------------------------------------------------------------------------- convolution, both ways
@@ -773,13 +775,14 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
 
     The taps are the formula's terms in its order: (k, i, j) reads plane k, shifted by i rows and j columns.  With a
     stride, the shift picks one of the plane's parts (see _split) and a smaller shift in it.  Windows of 3x3 over many
-    channels take Winograd's way (see _winograd_by), in float32 only over so many that it errs less than the formula.
+    channels take Winograd's way (see _winograd_by), in float32 only over so many that it errs less than the formula,
+    and only for so many that it is faster.
     """
     batch, in_channels, height, width = inputs.shape
     out_channels, out_height, out_width = outputs.shape[1:]
     K, S, P = kernel_size, stride, padding
     x, weights = np.ascontiguousarray(inputs).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
-    enough = in_channels >= 64 or outputs.itemsize == 8
+    enough = out_channels >= 32 and (in_channels >= 64 or outputs.itemsize == 8)
     if K == 3 and S == 1 and enough and _winograd_pays(in_channels, out_channels, out_height, out_width):
         _winograd_three(x, height, width, P, weights, bias, outputs)
         return outputs
@@ -813,6 +816,27 @@ def _clear(planes):
                 row[w] = 0
 
 
+@register_jitable
+def _winograd_goes_back(out_grad, in_grad, kernel_size, stride):
+    """Whether _gradient_by_winograd serves: in float64 only, as for float32 tiles of 4x4 would be too coarse."""
+    return kernel_size == 3 and stride == 1 and in_grad.itemsize == 8 and _winograd_pays(
+        out_grad.shape[1], in_grad.shape[1], out_grad.shape[2], out_grad.shape[3])
+
+
+@kernel
+def _gradient_by_winograd(out_grad, in_grad, weight, padding):
+    """What _gradient_of_inputs does for windows of 3x3 over many channels, without the formula's loops.
+
+    The few channels of a picture take it, too, although it is no faster for them: so main.py needs no gradient by the
+    formula, and a first run does not compile its loops for float64.
+    """
+    height, width = out_grad.shape[2:]
+    planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
+    nothing = np.zeros(in_grad.shape[1], dtype=in_grad.dtype)
+    _winograd_four(planes, height, width, 2 - padding, weights, nothing, in_grad)
+    return in_grad
+
+
 @kernel
 def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding):
     """Fill in_grad with the gradient of a convolution's inputs and return it.  out_grad has its dtype, too.
@@ -821,17 +845,15 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     inputs, 0 <= d < S, collects from the rows q - u of out_grad for every i = u * S + d < K: the same sum with the
     window's taps in reverse, once for each remainder of the rows and of the columns.  Row h * S + a of the inputs
     themselves is row h * S + a + P of the padded ones: q is h plus a few rows.  The planes of out_grad get a frame of
-    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as above, but only in
-    float64: for float32 tiles of 4x4 would be too coarse.
+    zeros, wide enough for the largest u.  Windows of 3x3 over many channels take Winograd's way, as above.
     """
+    if _winograd_goes_back(out_grad, in_grad, kernel_size, stride):
+        return _gradient_by_winograd(out_grad, in_grad, weight, padding)
     batch, out_channels, out_height, out_width = out_grad.shape
     in_channels, height, width = in_grad.shape[1:]
     K, S, P = kernel_size, stride, padding
     planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
     nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
-    if K == 3 and S == 1 and in_grad.itemsize == 8 and _winograd_pays(out_channels, in_channels, out_height, out_width):
-        _winograd_four(planes, out_height, out_width, K - 1 - P, weights, nothing, in_grad)
-        return in_grad
     numbers = in_grad.reshape(-1)
     if S > 1 or out_height + K - 1 < height + P or out_width + K - 1 < width + P:    # no window may have read some
         _clear(in_grad)
@@ -1239,8 +1261,10 @@ class ConvolutionLayer(_Parameters):
         out_grad = _checked(out_grad, 'out_grad', shape=self.output_shape)
         in_grad = np.empty((batch, channels, height, width))
         out_grad = out_grad.astype(in_grad.dtype, copy=False)
-        return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
-                                   self.padding)
+        weight = np.ascontiguousarray(self.weight)
+        if _winograd_goes_back(out_grad, in_grad, self.kernel_size, self.stride):    # Python compiles only what it calls
+            return _gradient_by_winograd(out_grad, in_grad, weight, self.padding)
+        return _gradient_of_inputs(out_grad, in_grad, weight, self.kernel_size, self.stride, self.padding)
 
     @staticmethod
     @kernel

@@ -2,8 +2,8 @@
 
 numba compiles a loop when it is first called, on one core, and puts the machine code on disk for later runs.  In a
 first run most loops of the forward pass are compiled where they are needed; those of the backward pass, which are
-others, are compiled here meanwhile, and only read from the disk when it is their turn.  So are those of the fully
-connected layers, as the forward pass comes to them last: then both processes have about the same to do.
+others, are compiled here meanwhile, and only read from the disk when it is their turn.  So are the small ones of the
+forward pass, while it compiles its first convolution: then both processes have about the same to do.
 """
 import contextlib
 import gc
@@ -35,7 +35,7 @@ def late_loops():
     """
     import layer
     process = None
-    if not is_compiled(getattr(layer, '_gradient_of_inputs', None)):    # a student's loops have other names
+    if not is_compiled(getattr(layer, '_gradient_by_winograd', None)):    # a student's loops have other names
         with contextlib.suppress(OSError), open(os.devnull, 'r+b') as nothing:
             process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=nothing, stdout=nothing,
                                        stderr=nothing)
@@ -52,11 +52,13 @@ def compile_late_loops():
     from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
     connection = FullyConnectLayer(1, 1)
     connection.load_params(np.zeros((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32))
-    connection.forward(np.zeros((1, 1), dtype=np.float32))    # first: it is not waited for
+    relu, flatten, picture = ReluLayer(), FlattenLayer(), np.zeros((1, 1, 1, 1), dtype=np.float32)
+    for layer, inputs in (relu, picture), (flatten, picture), (connection, picture[0, 0]):    # first: not waited for
+        layer.forward(inputs)
 
-    gradient = np.zeros((1, 1, 2, 2))
-    convolution = ConvolutionLayer(1, 1, 3, padding=1)
-    convolution.load_params(np.zeros((1, 1, 3, 3), dtype=np.float32), np.zeros(1, dtype=np.float32))
+    gradient = np.zeros((1, 32, 14, 14))    # enough for the way that a convolution takes in the network
+    convolution = ConvolutionLayer(32, 32, 3, padding=1)
+    convolution.load_params(np.zeros((32, 32, 3, 3), dtype=np.float32), np.zeros(32, dtype=np.float32))
     convolution.input_shape = convolution.output_shape = gradient.shape
     convolution.backward(gradient)
 
@@ -65,13 +67,10 @@ def compile_late_loops():
     pooling.argidx = np.zeros(gradient.shape, dtype=np.int32)
     pooling.backward(gradient)
 
-    connection.backward(np.zeros((1, 1)))
-
-    relu, flatten = ReluLayer(), FlattenLayer()
-    relu.positive = gradient > 0
+    gradient = np.zeros((1, 1, 1, 1))
     relu.backward(gradient)
-    flatten.input_shape = gradient.shape
-    flatten.backward(gradient.reshape(1, 4))
+    flatten.backward(gradient[0, 0])
+    connection.backward(gradient[0, 0])
 
 
 if __name__ == '__main__':

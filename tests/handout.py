@@ -71,8 +71,10 @@ OUR_CALLS = '''\
 ''', '''\
         in_grad = np.empty((batch, channels, height, width))
         out_grad = out_grad.astype(in_grad.dtype, copy=False)
-        return _gradient_of_inputs(out_grad, in_grad, np.ascontiguousarray(self.weight), self.kernel_size, self.stride,
-                                   self.padding)
+        weight = np.ascontiguousarray(self.weight)
+        if _winograd_goes_back(out_grad, in_grad, self.kernel_size, self.stride):    # Python compiles only what it calls
+            return _gradient_by_winograd(out_grad, in_grad, weight, self.padding)
+        return _gradient_of_inputs(out_grad, in_grad, weight, self.kernel_size, self.stride, self.padding)
 ''', '''\
         outputs = np.empty(self.output_shape, dtype=inputs.dtype)
         argidx = np.empty(self.output_shape, dtype=np.int32)
