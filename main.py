@@ -232,4 +232,6 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
     memory.keep_what_is_freed()
     once.compile_once()
-    sys.exit(main())
+    status = main()
+    gc.freeze()    # Python would look for cycles once more in the end, although all goes with the process
+    sys.exit(status)

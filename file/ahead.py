@@ -79,3 +79,4 @@ if __name__ == '__main__':
     once.compile_once()
     gc.disable()    # the process ends before it would pay
     compile_late_loops()
+    gc.freeze()    # main.py would wait while Python looks for cycles nevertheless, in the end
