@@ -760,10 +760,7 @@ _winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_output
 
 @register_jitable    # for Python and for compiled loops
 def _winograd_pays(read, written, height, width):
-    """Whether the channels that are read and the outputs' positions are enough to make sums of them beforehand.
-
-    And whether the channels that are read or written are not too many: there would be no room for their sums.
-    """
+    """Whether enough channels are read, at enough positions, to make sums of them beforehand; and room for the sums."""
     return 32 <= read and max(read, written) <= SHEET // 16 and min(height, width) >= 14
 
 
