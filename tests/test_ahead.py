@@ -56,7 +56,8 @@ def test_no_layer_of_the_network_needs_the_gradient_that_is_not_compiled_ahead()
     for layer in VGG16().graph_layers.values():
         outputs = _count(layer, shape)[1]
         if isinstance(layer, ConvolutionLayer):
-            assert _winograd_goes_back(np.empty((1,) + outputs), np.empty((1,) + shape), layer.kernel_size, layer.stride)
+            out_grad, in_grad = np.empty((1,) + outputs), np.empty((1,) + shape)
+            assert _winograd_goes_back(out_grad, in_grad, layer.kernel_size, layer.stride)
         shape = outputs
 
 
