@@ -80,6 +80,12 @@ def test_nothing_tells_the_solution(start):
             assert not left, path
 
 
+def test_all_tests_can_be_collected(start):
+    """None needs a name that went with the bodies before it runs: else none at all would run."""
+    done = run(['-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--collect-only', 'tests'], cwd=start)
+    assert done.returncode == 0, done.stdout
+
+
 def test_tests_say_what_to_write(start):
     done = run(['-m', 'pytest', '-q', '-p', 'no:cacheprovider', os.path.join('tests', 'test_layers.py'), '-k',
                 'conv or pool or handbook'], cwd=start)
