@@ -253,6 +253,14 @@ def _copy(out, to, x, start, step, length):
 
 
 @inner(disjoint=True)
+def _scatter(out, to, step, x, start, length):
+    """out[to + p * step] = x[start + p]."""
+    to, by, start = np.uint64(to), np.uint64(step), np.uint64(start)
+    for p in range(np.uint64(length)):
+        out[to + p * by] = x[start + p]
+
+
+@inner(disjoint=True)
 def _columns(out, to, by, x, start, length):
     """out[to + j * by + p] = x[start + 3 * p + j] for j < 3."""
     start, one, two, three = np.uint64(start), np.uint64(1), np.uint64(2), np.uint64(3)
@@ -300,8 +308,7 @@ def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight
             if across == 1:
                 _copy(out, line + begin, acc, shift + begin, 1, end - begin)
             else:
-                for w in range(begin, end):
-                    out[line + w * across] = acc[shift + w]
+                _scatter(out, line + begin * across, across, acc, shift + begin, end - begin)
 
 
 @inner
