@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from file.expand import EXPANDED, PACKED, CheckpointError, expand, packed_layers
+from file.expand import EXPANDED, PACKED, CheckpointError, as_in_network, expand, packed_layers
 
 IN_PLACE = 1 << 20    # bytes from which on an array is not copied out of its file
 
@@ -234,6 +234,7 @@ def load(path=None, shapes=None):
             except OSError as error:
                 print('%s cannot be written (%s): going on without it' % (name, error.strerror), file=sys.stderr)
                 path = PACKED
-                ckpt = {name: {'weight': weight, 'bias': bias} for name, weight, bias in packed_layers(PACKED)}
+                ckpt = {name: {'weight': as_in_network(weight), 'bias': bias}
+                        for name, weight, bias in packed_layers(PACKED)}
     ckpt = read(path) if ckpt is None else ckpt
     return ckpt if shapes is None else check(ckpt, shapes, path)

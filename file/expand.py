@@ -28,6 +28,7 @@ PACKED = os.path.join(HERE, 'vgg16_flowers.npz')
 EXPANDED = os.path.join(HERE, 'vgg16_ckpt.npy')
 SCALE_BITS = 10
 PLANE = 7 * 7    # fullyconnect1 sees 512 planes of 7x7 numbers; packed, it has one weight for each plane
+BLOCK = 2**23    # bytes that are written at a time: fullyconnect1 alone has 411 MB, which would have to be in memory
 
 
 class CheckpointError(Exception):
@@ -73,20 +74,27 @@ def unpack(q, scale):
 
 
 def packed_layers(path):
-    """Yield (layer, weight, bias), float32, of a packed file, in the network's order."""
+    """Yield (layer, weight, bias), float32, of a packed file, in the network's order.
+
+    A weight of three axes is a view that repeats each number along the last one, see `as_in_network`.
+    """
     try:
         with np.load(path, allow_pickle=False) as packed:
             names = [key[:-len('.q')] for key in packed.files if key.endswith('.q')]
             for name in names:
                 weight = unpack(packed[name + '.q'], packed[name + '.scale'])
                 if name == 'fullyconnect1':
-                    repeated = np.broadcast_to(weight[:, :, None], weight.shape + (PLANE,))
-                    weight = repeated.reshape(len(weight), -1)    # as np.repeat, only faster
+                    weight = np.broadcast_to(weight[:, :, None], weight.shape + (PLANE,))
                 yield name, weight, packed[name + '.bias']
     except FileNotFoundError:
         raise CheckpointError('%s is not there: fetch it again with the project' % path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError('%s is damaged (%s): fetch it again with the project' % (path, error))
+
+
+def as_in_network(weight):
+    """The weight, or some rows of it, without the axis that repeats numbers."""
+    return weight.reshape(len(weight), -1) if weight.ndim == 3 else weight
 
 
 # ----------------------------------------------------------------------------------------- writing a pickle
@@ -121,7 +129,7 @@ def write(file, layers):
     ----------
     file : binary file
     layers : iterable of (name, weight, bias)
-        Taken one after another, so that not all have to be in memory.
+        Taken one after another, so that not all have to be in memory; see `packed_layers`.
     """
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
     header = header.ljust(128 - 10 - 1) + b'\n'
@@ -130,11 +138,14 @@ def write(file, layers):
     for name, weight, bias in layers:
         file.write(_text(name) + b'}(')
         for key, array in (('weight', weight), ('bias', bias)):
-            array = np.ascontiguousarray(array, dtype='<f4')
-            head = _text(key) + _array_head(array.shape, 'f4', '<', b'\x00')
+            shape = array.shape[:1] + as_in_network(array[:1]).shape[1:]
+            head = _text(key) + _array_head(shape, 'f4', '<', b'\x00')
             file.write(_filler(-(file.tell() + len(head) + 5) % 64) + head)    # the numbers start at a multiple of 64
-            file.write(b'B' + struct.pack('<I', array.nbytes))
-            file.write(memoryview(array).cast('B'))
+            file.write(b'B' + struct.pack('<I', 4 * array.size))
+            rows = max(1, BLOCK // (4 * array[0].size))
+            for first in range(0, len(array), rows):
+                block = np.ascontiguousarray(array[first:first + rows], dtype='<f4')
+                file.write(memoryview(block).cast('B'))
             file.write(b'tb')
         file.write(b'u')
     file.write(b'uatb.')
