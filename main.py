@@ -178,7 +178,7 @@ def run(arguments):
         except ValueError as error:
             raise PictureError(error)
     with ahead.late_loops() as wait_for_late_loops:
-        model.resume_weights(checkpoint.load(arguments.ckpt, shapes))
+        model.resume_weights(checkpoint.load(arguments.ckpt, shapes, ahead.compile_first_loops))
 
         start_time = time.time()
         tensor = process_image(arguments.image)

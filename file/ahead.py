@@ -47,6 +47,15 @@ def late_loops():
             process.wait()
 
 
+def compile_first_loops():
+    """Compile those of a convolution, which a forward pass calls first, unless that is done already."""
+    import layer
+    if not is_compiled(getattr(layer, '_outputs_of_inputs', None)):
+        convolution = layer.ConvolutionLayer(1, 1, 1)
+        convolution.load_params(np.zeros((1, 1, 1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32))
+        convolution.forward(np.zeros((1, 1, 1, 1), dtype=np.float32))
+
+
 def compile_late_loops():
     """Call the late loops on next to nothing, with the dtypes of a run: float64 gradients, all else float32."""
     from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import sys
+import threading
 
 import numpy as np
 
@@ -207,7 +208,20 @@ def check(ckpt, shapes, path):
     return checked
 
 
-def load(path=None, shapes=None):
+def _expand_beside(meanwhile):
+    """Make file/vgg16_ckpt.npy in a thread of its own while this one calls `meanwhile`, and wait for both."""
+    from concurrent.futures import ThreadPoolExecutor    # only now: other runs start sooner without it
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        made = executor.submit(expand, PACKED, EXPANDED, ended)
+        try:
+            meanwhile()
+            made.result()
+        finally:
+            ended.set()    # by Ctrl-C, maybe: then the half of a file goes at once
+
+
+def load(path=None, shapes=None, meanwhile=None):
     """The checkpoint of a network, from a file or from this package.
 
     Parameters
@@ -217,6 +231,8 @@ def load(path=None, shapes=None):
         file/vgg16_flowers.npz first where it is not there; if it cannot be written, the network is made in memory.
     shapes : dict, optional
         {layer: shape of its weight} to `check` against.
+    meanwhile : callable, optional
+        Called while file/vgg16_ckpt.npy is made, which takes seconds where a disk is busy or far away; else it is not.
 
     Returns
     -------
@@ -230,7 +246,10 @@ def load(path=None, shapes=None):
             name = os.path.join('file', os.path.basename(path))
             print('%s is not there: making it of vgg16_flowers.npz, once' % name, file=sys.stderr)
             try:
-                expand(PACKED, EXPANDED)
+                if meanwhile and os.path.exists(PACKED):    # else nothing is worth waiting for
+                    _expand_beside(meanwhile)
+                else:
+                    expand(PACKED, EXPANDED)
             except OSError as error:
                 print('%s cannot be written (%s): going on without it' % (name, error.strerror), file=sys.stderr)
                 path = PACKED

@@ -122,7 +122,7 @@ def _filler(size):
     return b'C' + bytes([size - 3]) + bytes(size - 3) + b'0'
 
 
-def write(file, layers):
+def write(file, layers, ended=None):
     """Write a checkpoint as np.save does, with the same bytes on every machine.
 
     Parameters
@@ -130,6 +130,8 @@ def write(file, layers):
     file : binary file
     layers : iterable of (name, weight, bias)
         Taken one after another, so that not all have to be in memory; see `packed_layers`.
+    ended : threading.Event, optional
+        Once it is set, nobody waits for the file: CheckpointError before the next block.
     """
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
     header = header.ljust(128 - 10 - 1) + b'\n'
@@ -144,6 +146,8 @@ def write(file, layers):
             file.write(b'B' + struct.pack('<I', 4 * array.size))
             rows = max(1, BLOCK // (4 * array[0].size))
             for first in range(0, len(array), rows):
+                if ended is not None and ended.is_set():
+                    raise CheckpointError('%s: nobody waits for it any more' % name)
                 block = np.ascontiguousarray(array[first:first + rows], dtype='<f4')
                 file.write(memoryview(block).cast('B'))
             file.write(b'tb')
@@ -151,8 +155,10 @@ def write(file, layers):
     file.write(b'uatb.')
 
 
-def expand(packed, expanded):
+def expand(packed, expanded, ended=None):
     """Write the expanded file of a packed one: under another name first, so that it is whole or not there.
+
+    `ended` as in `write`.
 
     Raises
     ------
@@ -166,7 +172,7 @@ def expand(packed, expanded):
     handle, part = tempfile.mkstemp(prefix=name + '.', suffix='.part', dir=folder)
     try:
         with os.fdopen(handle, 'wb') as file:
-            write(file, packed_layers(packed))
+            write(file, packed_layers(packed), ended)
         os.chmod(part, 0o644)
         os.replace(part, expanded)
     except BaseException:

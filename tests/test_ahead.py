@@ -22,6 +22,11 @@ assert not any(map(ahead.is_compiled, loops))
 with ahead.late_loops() as wait:
     wait()
 assert all(map(ahead.is_compiled, loops))
+assert not ahead.is_compiled(layer._outputs_of_inputs)
+ahead.compile_first_loops()
+assert ahead.is_compiled(layer._outputs_of_inputs)
+layer.ConvolutionLayer = None    # nothing is called any more
+ahead.compile_first_loops()
 ahead.subprocess = None    # none is started any more
 with ahead.late_loops() as wait:
     wait()
@@ -92,5 +97,8 @@ def test_without_a_process_the_loops_are_compiled_where_they_are_called(monkeypa
         assert wait() is None
 
 
-def test_loops_without_a_cache_are_none_to_compile_ahead():
+def test_loops_without_a_cache_are_none_to_compile_ahead(monkeypatch):
     assert ahead.is_compiled(len)
+    monkeypatch.delattr('layer._outputs_of_inputs', raising=False)    # a student's loops have other names
+    monkeypatch.setattr('layer.ConvolutionLayer', None)
+    ahead.compile_first_loops()

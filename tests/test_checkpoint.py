@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -243,6 +245,59 @@ def test_load_expands_once_and_says_so(small_package, capsys):
     assert sorted(os.listdir(str(small_package))) == ['c.npy', 'p.npz']
     assert_equal(checkpoint.load(None, {'second': (4, 5)}), ckpt)
     assert capsys.readouterr().err == ''
+
+
+def test_something_else_is_done_while_it_expands(small_package, monkeypatch):
+    begun, called, calls = threading.Event(), threading.Event(), []
+
+    def write(*arguments):
+        begun.set()
+        assert called.wait(60)
+        return plain_write(*arguments)
+
+    def meanwhile():
+        assert begun.wait(60)
+        calls.append('while it is written')
+        called.set()
+
+    plain_write = expand.write
+    monkeypatch.setattr(expand, 'write', write)
+    ckpt = checkpoint.load(None, {'second': (4, 5)}, meanwhile)
+    assert_equal(checkpoint.load(None, {'second': (4, 5)}, meanwhile), ckpt)
+    assert len(calls) == 1    # not when the file is there
+    os.remove(checkpoint.EXPANDED)
+    os.remove(checkpoint.PACKED)
+    with pytest.raises(checkpoint.CheckpointError, match='p.npz is not there'):
+        checkpoint.load(None, None, meanwhile)
+    assert len(calls) == 1    # nor before an error that is known at once
+
+
+def test_ctrl_c_while_it_expands_and_something_else_is_done_leaves_nothing(small_package, monkeypatch):
+    begun = threading.Event()
+
+    def layers(path):
+        begun.set()
+        for _ in range(600):    # a minute
+            time.sleep(0.1)
+            yield 'second', small()['second']['weight'], small()['second']['bias']
+
+    def cut():
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(expand, 'packed_layers', layers)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.load(None, None, cut)
+    assert os.listdir(str(small_package)) == ['p.npz']
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads what Linux says about memory')
+def test_expanding_takes_little_memory(tmp_path):
+    script = ("import sys; from file import expand; most = lambda: int(open('/proc/self/status').read().split('VmHWM:')"
+              "[1].split()[0]); before = most(); expand.expand(expand.PACKED, sys.argv[1]); print(most() - before)")
+    printed = subprocess.run([sys.executable, '-c', script, str(tmp_path / 'c.npy')], check=True, stdout=subprocess.PIPE,
+                             cwd=os.path.dirname(expand.HERE)).stdout
+    assert int(printed) < 250 * 1024    # KiB; the file has 525 MiB
 
 
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), OSError(30, 'Read-only file system')])
