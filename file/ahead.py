@@ -1,9 +1,10 @@
 """Compile loops that a run needs late in a process of its own, beside the first run of main.py.
 
 numba compiles a loop when it is first called, on one core, and puts the machine code on disk for later runs.  In a
-first run most loops of the forward pass are compiled where they are needed; those of the backward pass, which are
-others, are compiled here meanwhile, and only read from the disk when it is their turn.  So are some small ones of the
-forward pass, while it compiles its first convolution: then both processes have about the same to do.
+first run most loops of the forward pass are compiled where they are needed, those of a convolution while the checkpoint
+is written; those of the backward pass, which are others, are compiled here meanwhile, and only read from the disk when
+it is their turn.  So are some small ones of the forward pass, while main.py compiles its first convolution: then both
+processes have about the same to do.
 """
 import contextlib
 import gc

@@ -280,7 +280,7 @@ def script(repeats, ckpt):
         lines.append('         %-52s %s' % ('main.py, second run', spread(seconds)))
     lines.append(row('main.py, first run / the same without file/once.py', [run[0] for run in first_runs],
                      [run[0] for run in slow_runs]))
-    resident = '%8.2f GB' % (max(run[1] for run in runs) * 1e-9)
+    resident = '%8.2f GB, first run %.2f GB' % tuple(max(run[1] for run in some) * 1e-9 for some in (runs, first_runs))
     if torch:
         resident += '  /  %.2f GB in torch' % (max(run[1] for run in torch_runs) * 1e-9)
     lines.append('         %-52s %s' % ('main.py, most memory resident', resident))
