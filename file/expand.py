@@ -144,7 +144,7 @@ def write(file, layers, ended=None):
             head = _text(key) + _array_head(shape, 'f4', '<', b'\x00')
             file.write(_filler(-(file.tell() + len(head) + 5) % 64) + head)    # the numbers start at a multiple of 64
             file.write(b'B' + struct.pack('<I', 4 * array.size))
-            rows = max(1, BLOCK // (4 * array[0].size))
+            rows = max(1, BLOCK * len(array) // max(1, 4 * array.size))
             for first in range(0, len(array), rows):
                 if ended is not None and ended.is_set():
                     raise CheckpointError('%s: nobody waits for it any more' % name)

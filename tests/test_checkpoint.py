@@ -295,8 +295,8 @@ def test_ctrl_c_while_it_expands_and_something_else_is_done_leaves_nothing(small
 def test_expanding_takes_little_memory(tmp_path):
     script = ("import sys; from file import expand; most = lambda: int(open('/proc/self/status').read().split('VmHWM:')"
               "[1].split()[0]); before = most(); expand.expand(expand.PACKED, sys.argv[1]); print(most() - before)")
-    printed = subprocess.run([sys.executable, '-c', script, str(tmp_path / 'c.npy')], check=True, stdout=subprocess.PIPE,
-                             cwd=os.path.dirname(expand.HERE)).stdout
+    printed = subprocess.run([sys.executable, '-c', script, str(tmp_path / 'c.npy')], check=True,
+                             stdout=subprocess.PIPE, cwd=os.path.dirname(expand.HERE)).stdout
     assert int(printed) < 250 * 1024    # KiB; the file has 525 MiB
 
 
