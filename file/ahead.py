@@ -49,7 +49,7 @@ def late_loops():
 
 
 def compile_first_loops():
-    """Compile those of a convolution, which a forward pass calls first, unless that is done already."""
+    """Compile the loops of a convolution, which a forward pass calls first, unless they are on disk already."""
     import layer
     if not is_compiled(getattr(layer, '_outputs_of_inputs', None)):
         convolution = layer.ConvolutionLayer(1, 1, 1)

@@ -246,7 +246,7 @@ def load(path=None, shapes=None, meanwhile=None):
             name = os.path.join('file', os.path.basename(path))
             print('%s is not there: making it of vgg16_flowers.npz, once' % name, file=sys.stderr)
             try:
-                if meanwhile and os.path.exists(PACKED):    # else nothing is worth waiting for
+                if meanwhile and os.path.exists(PACKED):    # else what is wrong is said at once
                     _expand_beside(meanwhile)
                 else:
                     expand(PACKED, EXPANDED)
