@@ -244,6 +244,13 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
                 p += one
 
 
+@inner
+def _fill(numbers, value):
+    """numbers[p] = value, for all p."""
+    for p in range(np.uint64(len(numbers))):
+        numbers[p] = value
+
+
 @inner(disjoint=True)
 def _copy(out, to, x, start, step, length):
     """out[to + p] = x[start + p * step]."""
@@ -905,19 +912,24 @@ def _take_larger(best, index, numbers, candidate):
         index[w] = candidate if wins else index[w]
 
 
+@inner(disjoint=True)
+def _add_at_maxima(in_grad, first, step, places, out_grad, argidx, start, length):
+    """in_grad[first + w * step + places[argidx[start + w]]] += out_grad[start + w] for w < length."""
+    first, step, start = np.uint64(first), np.uint64(step), np.uint64(start)
+    for w in range(np.uint64(length)):
+        place = first + w * step + np.uint64(places[np.uint64(argidx[start + w])])
+        in_grad[place] = in_grad[place] + out_grad[start + w]
+
+
 @inner
-def _pool_back_plane(n, c, out_grad, in_grad, argidx, kernel_size, stride):
-    """One plane of _pool_back.  Unsigned indices and divisions are faster: nothing can be negative."""
-    out_height, out_width = out_grad.shape[2:]
-    height, width = in_grad.shape[2:]
-    K, S = np.uint32(kernel_size), np.uint64(stride)
-    for h in range(height):
-        for w in range(width):
-            in_grad[n, c, h, w] = 0
-    for h in range(np.uint64(out_height)):
-        for w in range(np.uint64(out_width)):
-            index = np.uint32(argidx[n, c, h, w])
-            in_grad[n, c, h * S + index // K, w * S + index % K] += out_grad[n, c, h, w]
+def _pool_back_plane(out_grad, in_grad, argidx, width, out_width, kernel_size, stride, places):
+    """One plane of _pool_back, as a list of numbers.  A row is cleared when the first window comes to it."""
+    height, out_height, cleared = len(in_grad) // width, len(out_grad) // out_width, 0
+    for h in range(out_height):
+        rows = h * stride + kernel_size if h + 1 < out_height else height
+        _fill(in_grad[cleared * width:rows * width], 0.0)
+        cleared = rows
+        _add_at_maxima(in_grad, h * stride * width, stride, places, out_grad, argidx, h * out_width, out_width)
 
 
 # ------------------------------------------------------------------------------------ fully connected loops
@@ -935,6 +947,13 @@ def _add_products(acc, length, x, r, w, a, b, c, d):
         acc[p + B] = acc[p + B] + x[r + p] * w[b + p]
         acc[p + C] = acc[p + C] + x[r + p] * w[c + p]
         acc[p + D] = acc[p + D] + x[r + p] * w[d + p]
+
+
+@inner(disjoint=True)
+def _add(sums, numbers):
+    """sums[p] += numbers[p], for all p of the sums."""
+    for p in range(np.uint64(len(sums))):
+        sums[p] = sums[p] + numbers[p]
 
 
 @inner(disjoint=True)
@@ -971,16 +990,14 @@ def _fully_connect(inputs, outputs, weight, bias):
         a, b, c, d = first, min(first + 1, rows - 1), min(first + 2, rows - 1), min(first + 3, rows - 1)
         acc = np.empty(4 * ASIDE, dtype=outputs.dtype)
         for n in range(batch):
-            for p in range(4 * ASIDE):
-                acc[p] = 0
+            _fill(acc, 0.0)
             for i in range(0, features, LANES):
                 _add_products(acc, min(LANES, features - i), x, n * features + i, w, a * features + i,
                               b * features + i, c * features + i, d * features + i)
             for o in range(first, d + 1):
                 sums, half = acc[(o - first) * ASIDE:], LANES // 2
                 while half > 0:
-                    for p in range(half):
-                        sums[p] += sums[p + half]
+                    _add(sums[:half], sums[half:])
                     half //= 2
                 outputs[n, o] = sums[0] + bias[o]
 
@@ -990,8 +1007,7 @@ def _add_met_rows(numbers, in_features, first, last, out_grad, weights, rows):
     """The columns from `first` to `last` of _fully_connect_back, of the rows of the weight that are listed."""
     batch, whole = len(out_grad), len(rows) // 4 * 4
     for n in range(batch):
-        for i in range(first, last):
-            numbers[n * in_features + i] = 0
+        _fill(numbers[n * in_features + first:n * in_features + last], 0.0)
     for r in range(0, whole, 4):
         a, b, c, d = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
         for n in range(batch):
@@ -1039,8 +1055,7 @@ def _fully_connect_grad(out_grad, inputs, grad_weight, grad_bias):
         grad_bias[o] = 0
         for n in range(batch):
             grad_bias[o] += out_grad[n, o]
-        for i in range(in_features):
-            grad_weight[o, i] = 0
+        _fill(grad_weight[o], 0.0)
         for n in range(0, whole, 4):
             _add_four_rows(sums, o * in_features, in_features, x, n * in_features, (n + 1) * in_features,
                            (n + 2) * in_features, (n + 3) * in_features,
@@ -1397,8 +1412,8 @@ class MaxPoolLayer(object):
                 last = min(out_height, first + some)
                 best = outputs[n, c].reshape(-1)[first * out_width:last * out_width]
                 index = argidx[n, c].reshape(-1)[first * out_width:last * out_width]
-                for w in range(len(best)):
-                    best[w], index[w] = -np.inf, 0
+                _fill(best, -np.inf)
+                _fill(index, 0.0)
                 for i in range(kernel_size):
                     for j in range(kernel_size):
                         for h in range(first, last):
@@ -1413,10 +1428,18 @@ class MaxPoolLayer(object):
 
         Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.
         """
-        batch, channels = out_grad.shape[:2]
+        batch, channels, out_height, out_width = out_grad.shape
+        height, width = in_grad.shape[2:]
+        g, x, indices = out_grad.reshape(-1), in_grad.reshape(-1), argidx.reshape(-1)
+        places = np.empty(kernel_size * kernel_size, dtype=np.int64)    # where a window's numbers lie, from its first on
+        for i in range(kernel_size):
+            for j in range(kernel_size):
+                places[i * kernel_size + j] = i * width + j
+        outs, size = out_height * out_width, height * width
         for index in prange(batch * channels):
             plane = np.int64(index)
-            _pool_back_plane(plane // channels, plane % channels, out_grad, in_grad, argidx, kernel_size, stride)
+            _pool_back_plane(g[plane * outs:(plane + 1) * outs], x[plane * size:(plane + 1) * size],
+                             indices[plane * outs:(plane + 1) * outs], width, out_width, kernel_size, stride, places)
         return in_grad
 
 
