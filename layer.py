@@ -246,7 +246,7 @@ def _add_eights(acc, length, x, start, reads, weight, first, picks, w1, w2, w3):
 
 @inner
 def _fill(numbers, value):
-    """numbers[p] = value, for all p."""
+    """numbers[p] = value, for all p: several at a time in older compilers, too, as the index is unsigned."""
     for p in range(np.uint64(len(numbers))):
         numbers[p] = value
 
@@ -923,7 +923,10 @@ def _add_at_maxima(in_grad, first, step, places, out_grad, argidx, start, length
 
 @inner
 def _pool_back_plane(out_grad, in_grad, argidx, width, out_width, kernel_size, stride, places):
-    """One plane of _pool_back, as a list of numbers.  A row is cleared when the first window comes to it."""
+    """One plane of _pool_back, as a list of numbers.
+
+    A row is cleared when the first window comes to it: a whole plane would have left the fastest cache by then.
+    """
     height, out_height, cleared = len(in_grad) // width, len(out_grad) // out_width, 0
     for h in range(out_height):
         rows = h * stride + kernel_size if h + 1 < out_height else height
@@ -1426,12 +1429,13 @@ class MaxPoolLayer(object):
     def _pool_back(out_grad, in_grad, argidx, kernel_size, stride):
         """Fill in_grad: each gradient is added where its maximum was found, and the rest is 0.  Return it.
 
-        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.
+        Windows overlap when S < K, and then a pixel may be the maximum of several: a plane is one thread's.  Where an
+        index leads to is worked out once for all windows, not by a division in each.
         """
         batch, channels, out_height, out_width = out_grad.shape
         height, width = in_grad.shape[2:]
         g, x, indices = out_grad.reshape(-1), in_grad.reshape(-1), argidx.reshape(-1)
-        places = np.empty(kernel_size * kernel_size, dtype=np.int64)    # where a window's numbers lie, from its first on
+        places = np.empty(kernel_size * kernel_size, dtype=np.int64)    # of a window's numbers, from its first on
         for i in range(kernel_size):
             for j in range(kernel_size):
                 places[i * kernel_size + j] = i * width + j
