@@ -70,14 +70,15 @@ def in_turns(works, repeats, warm=False):
     return times
 
 
-def on_one_thread(work):
+def on_one_thread(work, get=get_num_threads, put=set_num_threads):
+    """The work with numba's threads reduced to one meanwhile; get and put are others' functions for that."""
     def run():
-        threads = get_num_threads()
-        set_num_threads(1)
+        threads = get()
+        put(1)
         try:
             return work()
         finally:
-            set_num_threads(threads)
+            put(threads)
     return run
 
 

@@ -23,7 +23,7 @@ from vgg import VGG16, _count
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(HERE)
-ROUNDS = 5    # of whole passes in each repeat
+ROUNDS = 10    # of whole passes in each repeat: one of them may take half as long again as the one before
 
 
 def say(text):
@@ -136,8 +136,9 @@ def row(what, mine, other):
 def passes(model, x, repeats, end='', all_rows=True):
     """Lines of text about the whole forward and backward pass, taking turns with torch.
 
-    `end` is put behind their names.  all_rows: beside the textbook and one thread, too.  The textbook's passes take a
-    hundred times as long and are not repeated as often.
+    `end` is put behind their names.  all_rows: beside the textbook and one thread, too, and torch beside its own one
+    thread: how much a second one helps depends on the machine.  The textbook's passes take a hundred times as long and
+    are not repeated as often.
     """
     out_grad = np.ones((1, 4))
 
@@ -162,6 +163,9 @@ def passes(model, x, repeats, end='', all_rows=True):
         y64, g64 = through(float64, x64), torch.from_numpy(out_grad).double()
         works['torch forward'] = lambda: through(float32, torch.from_numpy(x))
         works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
+        if 'forward 1' in works:
+            for name in ('torch forward', 'torch backward'):
+                works[name + ' 1'] = on_one_thread(works[name], torch.get_num_threads, torch.set_num_threads)
     plain, times, lines = [], {name: [] for name in works}, []
     for _ in range(repeats):
         if all_rows:
@@ -177,9 +181,10 @@ def passes(model, x, repeats, end='', all_rows=True):
         return '\n'.join(lines)
     both = np.add(times['forward'], times['backward'])
     lines.append(row('textbook / ours, forward and backward' + end, plain, both))
-    if 'forward 1' in times:
-        lines.append(row('one thread / %d threads, both passes%s' % (get_num_threads(), end),
-                         np.add(times['forward 1'], times['backward 1']), both))
+    for whose, name in (('both passes', ''), ("torch's passes", 'torch ')):
+        if name + 'forward 1' in times:
+            one, many = (np.add(times[name + 'forward' + some], times[name + 'backward' + some]) for some in (' 1', ''))
+            lines.append(row('one thread / %d threads, %s%s' % (get_num_threads(), whose, end), one, many))
     return '\n'.join(lines)
 
 

@@ -108,6 +108,9 @@ def test_on_one_thread_leaves_the_number_of_threads_as_it_was():
     with pytest.raises(ZeroDivisionError):
         bench.on_one_thread(lambda: 1 / 0)()
     assert bench.get_num_threads() == before
+    others = [7]
+    assert bench.on_one_thread(lambda: others[-1], lambda: others[-1], others.append)() == 1
+    assert others == [7, 1, 7] and bench.get_num_threads() == before
 
 
 def test_table():
@@ -205,6 +208,30 @@ def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
     capsys.readouterr()
     text = bench_network.passes(model, x, 2)
     assert 'textbook / ours' in text and '2.000 s [1.000 .. 3.000]' in text and capsys.readouterr().out == ''
+
+
+@pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
+def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
+    torch = pytest.importorskip('torch')
+    seconds = {'forward': 3, 'backward': 4, 'forward 1': 5, 'backward 1': 9, 'torch forward': 10, 'torch backward': 20,
+               'torch forward 1': 11, 'torch backward 1': 49}
+    threads, before = [], torch.get_num_threads()
+
+    def in_turns(works, repeats, warm):
+        assert set(works) == set(seconds)
+        monkeypatch.setattr(torch.autograd, 'grad', lambda *some, **more: threads.append(torch.get_num_threads()))
+        for name in ('torch backward', 'torch backward 1'):
+            works[name]()
+        return {name: [1.0 * seconds[name]] for name in works}
+
+    monkeypatch.setattr(bench_network, 'in_turns', in_turns)
+    monkeypatch.setattr(bench_network, 'twin', lambda model, dtype: {})
+    monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
+    lines = bench_network.passes(Small(), np.ones((1, 3, 8, 8), np.float32), 1).splitlines()
+    ratios = [line.split()[0] for line in lines]
+    assert ratios == ['0.30', '0.20', '10.00', '2.00', '2.00'] and lines[-1].split('/')[1].startswith(
+        " %d threads, torch's passes" % bench.get_num_threads())
+    assert threads == [before, 1] and torch.get_num_threads() == before
 
 
 def test_textbook_passes_are_the_networks(monkeypatch):
