@@ -7,16 +7,21 @@ comes to it ten times.  `tests/bench.py --network` measures what a first run gai
 
 Here a function waits: it goes into its callers as it is, and to the optimiser and into machine code when numba asks
 for an address in it.  None of numba's own steps is changed, only when they are taken.
+
+Beside that numba lists its options some ten thousand times: to see whether a call was compiled with the same ones, and
+to tell whoever measures its steps.  That is done with less ado (`values`, and no `pformat`).
 """
 import numba
 
 TRIED = (0, 56), (0, 68)    # first and last version; others compile in their own way
 
 try:
+    from numba.core import compiler_machinery
     from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
     from numba.core.environment import lookup_environment
     from numba.core.registry import cpu_target
     from numba.core.runtime import rtsys
+    from numba.core.targetconfig import TargetConfig
 except ImportError:    # of another version
     JITCodeLibrary = JITCPUCodegen = object
 
@@ -70,6 +75,17 @@ class WaitingCodegen(JITCPUCodegen):
             super().set_env(env_name, env)
 
 
+DEFAULTS = {}    # of each class of options: {name: value}
+
+
+def values(config):
+    """What TargetConfig.values returns, {name: value} of all options, without asking for each of them by its name."""
+    kind = type(config)
+    if kind not in DEFAULTS:
+        DEFAULTS[kind] = {name: option.default for name, option in kind.options.items()}
+    return dict(DEFAULTS[kind], **config._values)
+
+
 def compile_once():
     """Let numba do so from now on in this process.
 
@@ -85,6 +101,8 @@ def compile_once():
         rtsys.initialize(cpu_target.target_context)    # what counts references: machine code needs it when it is added
         if type(codegen) is JITCPUCodegen:
             codegen.__class__ = WaitingCodegen
+            TargetConfig.values = values
+            compiler_machinery.pformat = repr    # of older versions: nobody here reads it laid out in lines
         return isinstance(codegen, WaitingCodegen)
     except (AttributeError, NameError, TypeError):
         return False

@@ -144,6 +144,15 @@ def test_the_layers_compute_the_same_bits(tmp_path):
     assert run(ONCE + LAYERS, tmp_path / 'once') == run(LAYERS, tmp_path)
 
 
+def test_the_options_are_those_that_numba_lists():
+    from numba.core.compiler import Flags
+    some = Flags()
+    some.nrt, some.inline = True, 'always'
+    for flags in (Flags(), some, some.copy()):
+        assert flags.values() == once.values(flags) == {name: getattr(flags, name) for name in Flags.options}
+    assert some == some.copy() != Flags() and hash(some) == hash(some.copy())
+
+
 @pytest.mark.parametrize('change', ['once.TRIED = (0, 1), (0, 2)', 'del once.cpu_target'])
 def test_a_numba_that_was_not_tried_stays_as_it_is(tmp_path, change):
     assert run(UNTRIED % change, tmp_path).split() == ['False', 'JITCPUCodegen']
