@@ -8,8 +8,8 @@ comes to it ten times.  `tests/bench.py --network` measures what a first run gai
 Here a function waits: it goes into its callers as it is, and to the optimiser and into machine code when numba asks
 for an address in it.  None of numba's own steps is changed, only when they are taken.
 
-Beside that numba lists its options some ten thousand times: to see whether a call was compiled with the same ones, and
-to tell whoever measures its steps.  That is done with less ado (`values`, and no `pformat`).
+Beside that numba lists its options tens of thousands of times: to see whether a call was compiled with the same ones,
+and to tell whoever measures its steps. That is done with less ado (`values`, and no `pformat`).
 """
 import numba
 
