@@ -9,7 +9,7 @@ Here a function waits: it goes into its callers as it is, and to the optimiser a
 for an address in it.  None of numba's own steps is changed, only when they are taken.
 
 Beside that numba lists its options tens of thousands of times: to see whether a call was compiled with the same ones,
-and to tell whoever measures its steps. That is done with less ado (`values`, and no `pformat`).
+and to tell whoever measures its steps.  That is done with less ado (`values`, and no `pformat`).
 """
 import numba
 

@@ -146,6 +146,7 @@ def test_the_layers_compute_the_same_bits(tmp_path):
 
 def test_the_options_are_those_that_numba_lists():
     from numba.core.compiler import Flags
+    assert Flags.values is once.values
     some = Flags()
     some.nrt, some.inline = True, 'always'
     for flags in (Flags(), some, some.copy()):
