@@ -136,36 +136,32 @@ def row(what, mine, other):
 def passes(model, x, repeats, end='', all_rows=True):
     """Lines of text about the whole forward and backward pass, taking turns with torch.
 
-    `end` is put behind their names.  all_rows: beside the textbook and one thread, too, and torch beside its own one
-    thread: how much a second one helps depends on the machine.  The textbook's passes take a hundred times as long and
+    `end` is put behind their names.  all_rows: beside the textbook and one thread, too.  How much a second one helps
+    depends on the machine, so torch is set beside its own one thread as well; and what our passes print is numpy's, on
+    one thread either way, so they are once more timed without.  The textbook's passes take a hundred times as long and
     are not repeated as often.
     """
-    out_grad = np.ones((1, 4))
+    out_grad, layers = np.ones((1, 4)), list(model.graph_layers.values())
 
-    def forward():
-        return silent(lambda: model.forward(x))
+    def through(steps, y):
+        for step in steps:
+            y = step(y)
+        return y
 
-    def backward():
-        return silent(lambda: model.backward(out_grad))
-
-    works = {'forward': forward, 'backward': backward}
-    if get_num_threads() > 1 and all_rows:
-        works.update({'forward 1': on_one_thread(forward), 'backward 1': on_one_thread(backward)})
+    works = {'forward': lambda: silent(lambda: model.forward(x)),
+             'backward': lambda: silent(lambda: model.backward(out_grad))}
     if torch:
-        float32, float64 = twin(model, torch.float32), twin(model, torch.float64)
-
-        def through(layers, y):
-            for layer in layers.values():
-                y = layer(y)
-            return y
-
+        float32, float64 = (list(twin(model, dtype).values()) for dtype in (torch.float32, torch.float64))
         x64 = torch.from_numpy(x).double().requires_grad_()
         y64, g64 = through(float64, x64), torch.from_numpy(out_grad).double()
         works['torch forward'] = lambda: through(float32, torch.from_numpy(x))
         works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
-        if 'forward 1' in works:
-            for name in ('torch forward', 'torch backward'):
-                works[name + ' 1'] = on_one_thread(works[name], torch.get_num_threads, torch.set_num_threads)
+    if get_num_threads() > 1 and all_rows:
+        works['bare forward'] = lambda: through([layer.forward for layer in layers], x)
+        works['bare backward'] = lambda: through([layer.backward for layer in reversed(layers)], out_grad)
+        for name, work in list(works.items()):
+            theirs = (torch.get_num_threads, torch.set_num_threads) if name.startswith('torch') else ()
+            works[name + ' 1'] = on_one_thread(work, *theirs)
     plain, times, lines = [], {name: [] for name in works}, []
     for _ in range(repeats):
         if all_rows:
@@ -181,7 +177,7 @@ def passes(model, x, repeats, end='', all_rows=True):
         return '\n'.join(lines)
     both = np.add(times['forward'], times['backward'])
     lines.append(row('textbook / ours, forward and backward' + end, plain, both))
-    for whose, name in (('both passes', ''), ("torch's passes", 'torch ')):
+    for whose, name in (('both passes', ''), ('without prints', 'bare '), ("torch's passes", 'torch ')):
         if name + 'forward 1' in times:
             one, many = (np.add(times[name + 'forward' + some], times[name + 'backward' + some]) for some in (' 1', ''))
             lines.append(row('one thread / %d threads, %s%s' % (get_num_threads(), whose, end), one, many))

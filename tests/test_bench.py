@@ -211,10 +211,35 @@ def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
+def test_passes_without_prints_are_all_layers_on_as_many_threads(capsys, monkeypatch):
+    monkeypatch.setattr(bench_network, 'torch', None)
+    monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
+    model, x, threads, many = Small(), np.ones((1, 3, 8, 8), np.float32), [], bench.get_num_threads()
+    logits = model.forward(x)
+    in_grad, plain = model.backward(np.ones((1, 4))), MaxPoolLayer.backward
+    monkeypatch.setattr(MaxPoolLayer, 'backward', lambda self, out_grad: (
+        threads.append(bench.get_num_threads()) or plain(self, out_grad)))
+
+    def in_turns(works, repeats, warm):
+        capsys.readouterr()
+        model.forward = model.backward = None    # what prints
+        for name in ('', ' 1'):
+            np.testing.assert_array_equal(works['bare forward' + name](), logits)
+            np.testing.assert_array_equal(works['bare backward' + name](), in_grad)
+        return {name: [1.0 + ('bare' in name) + 4 * ('1' in name)] for name in works}
+
+    monkeypatch.setattr(bench_network, 'in_turns', in_turns)
+    rows = [line.split(None, 1) for line in bench_network.passes(model, x, 1).splitlines()]
+    assert [row[0] for row in rows[1:]] == ['5.00', '3.00'] and 'without prints' in rows[2][1]
+    assert threads == [many, 1] and capsys.readouterr().out == ''
+
+
+@pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
 def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
     torch = pytest.importorskip('torch')
     seconds = {'forward': 3, 'backward': 4, 'forward 1': 5, 'backward 1': 9, 'torch forward': 10, 'torch backward': 20,
-               'torch forward 1': 11, 'torch backward 1': 64}
+               'torch forward 1': 11, 'torch backward 1': 64, 'bare forward': 1, 'bare backward': 3,
+               'bare forward 1': 6, 'bare backward 1': 5}
     threads, before = [], torch.get_num_threads()
 
     def in_turns(works, repeats, warm):
@@ -229,7 +254,7 @@ def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
     monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
     lines = bench_network.passes(Small(), np.ones((1, 3, 8, 8), np.float32), 1).splitlines()
     ratios = [line.split()[0] for line in lines]
-    assert ratios == ['0.30', '0.20', '10.00', '2.00', '2.50'] and lines[-1].split('/')[1].startswith(
+    assert ratios == ['0.30', '0.20', '10.00', '2.00', '2.75', '2.50'] and lines[-1].split('/')[1].startswith(
         " %d threads, torch's passes" % bench.get_num_threads())
     assert threads == [before, 1] and torch.get_num_threads() == before
 
