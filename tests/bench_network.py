@@ -137,9 +137,9 @@ def passes(model, x, repeats, end='', all_rows=True):
     """Lines of text about the whole forward and backward pass, taking turns with torch.
 
     `end` is put behind their names.  all_rows: beside the textbook and one thread, too.  How much a second one helps
-    depends on the machine, so torch is set beside its own one thread as well; and what our passes print is numpy's, on
-    one thread either way, so they are once more timed without.  The textbook's passes take a hundred times as long and
-    are not repeated as often.
+    depends on the machine, so torch is set beside its own one thread as well; and the sums that our passes print are
+    numpy's, on one thread either way, so there is a row without them.  The textbook's passes take a hundred times as
+    long and are not repeated as often.
     """
     out_grad, layers = np.ones((1, 4)), list(model.graph_layers.values())
 
