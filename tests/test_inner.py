@@ -2,6 +2,7 @@
 import re
 
 import pytest
+from llvmlite.binding import get_host_cpu_features
 from numba import float64, jit
 from numba.core.compiler import Flags
 
@@ -34,3 +35,15 @@ def test_the_stack_is_aligned():
             out[p] = out[p] + x[p]
 
     assert 'alignstack=64' in text_of(add_aligned)
+
+
+def test_the_widest_vectors_are_asked_for_and_taken():
+    @jit(nopython=True)
+    def add_widely(out, x):
+        layer._widest_vectors()
+        for p in range(len(out)):
+            out[p] = out[p] + x[p]
+
+    assert '"prefer-vector-width"="512"' in text_of(add_widely)
+    if get_host_cpu_features().get('avx512f'):
+        assert '%zmm' in add_widely.inspect_asm(add_widely.signatures[0])
