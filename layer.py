@@ -499,6 +499,9 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 for w in range(right, columns):
                     b[i * ROW + w] = 0
                 spread_across(v, i * side * SHEET + k * line + h * across + begin - first, b, i * ROW, one, end - begin)
+        for i in range(side * side):    # multiplied, too, to fill a vector: what happens to lie there may take far longer
+            for p in range(length, line):
+                v[i * SHEET + k * line + p] = 0
 
     @inner(of=tile)
     def spread_weights(a, b, weight, planes, channels, k, some, top, mine, side, pitch, to, packed):
@@ -524,13 +527,14 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 weights_across(packed, i * side * SHEET + to + r * pitch, b, i * by, length, length)
 
     @inner(of=tile)
-    def multiply(acc, m, q, c, rows, k, line, v, reads, packed, picks, channel):
+    def multiply(acc, m, q, c, some, rows, k, line, v, reads, packed, picks, channel):
         """m[(q * rows + c) * line + p] = product q of tile p in channel c, over the planes up to k + len(reads).
 
-        Those of the planes before k are there already.  The next three channels alike: past the last one there is room,
-        and what comes of it is not gathered.
+        Those of the planes before k are there already.  The next three channels alike: past the last of `some` there is
+        room for it once more, and what comes of it is not gathered.
         """
         to, done, one = (q * rows + c) * line, np.int64(0), np.int64(1)
+        w1, w2, w3 = min(some - 1, 1) * channel, min(some - 1, 2) * channel, min(some - 1, 3) * channel
         if k == 0:
             for p in range(line):
                 acc[p], acc[PITCH + p], acc[2 * PITCH + p], acc[3 * PITCH + p] = 0, 0, 0, 0
@@ -540,9 +544,9 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         start, first = q * SHEET + k * line, q * SHEET + c * channel
         if not back:    # numba compiles this for forward only
             if acc.itemsize == 4:
-                _add_eights(acc, line, v, start, reads, packed, first, picks, channel, 2 * channel, 3 * channel)
+                _add_eights(acc, line, v, start, reads, packed, first, picks, w1, w2, w3)
                 done = len(reads) // 8 * 8
-        _add_taps(acc, line, v, start, done, reads, packed, first, picks, channel, 2 * channel, 3 * channel)
+        _add_taps(acc, line, v, start, done, reads, packed, first, picks, w1, w2, w3)
         for i in range(GROUP):
             _copy(m, to + i * line, acc, i * PITCH, one, line)
 
@@ -577,7 +581,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
         columns, acc = b[numbers:], _aligned(np.empty(np.int64(2 * GROUP * PITCH + 16), dtype=out.dtype))
         channel, blocks = np.int64(1) if back else pitch, (mine + OWN - 1) // OWN
-        rows, part = blocks * OWN, planes if step == MULTIPLY else np.int64(PART)
+        rows, part = (mine + GROUP - 1) // GROUP * GROUP, planes if step == MULTIPLY else np.int64(PART)
         if step == ALL:    # nobody else needs what lies between the steps
             rows, packed = own, _aligned(np.empty(products * SHEET + 16, dtype=out.dtype))
             m = _aligned(np.empty(products * own * line + 16, dtype=out.dtype))
@@ -598,7 +602,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                     if step & MULTIPLY:
                         for i in range(q, last):
                             for g in range(o, o + some, GROUP):
-                                multiply(acc, m, i, g, rows, k, line, v, reads[:along], packed, picks[t:], channel)
+                                multiply(acc, m, i, g, o + some - g, rows, k, line, v, reads[:along], packed,
+                                         picks[t:], channel)
                 if step & GATHER:
                     for g in range(some):
                         gather_plane(m, o + g, rows, line, first, length, across, side, bias[top + c + g],
@@ -641,7 +646,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         sizes = planes, height, width, frame, channels, across, side, line, pitch
         shared = zero if many else products    # else each thread has room of its own
         packed = _aligned(np.empty(shared * SHEET + 16, dtype=out.dtype))
-        m = _aligned(np.empty(shared * (block + OWN) * line + 16, dtype=out.dtype))
+        m = _aligned(np.empty(shared * (block + GROUP) * line + 16, dtype=out.dtype))
         v = _aligned(np.empty(products * SHEET + 16, dtype=out.dtype))
         reads, picks = np.empty(planes, dtype=np.int64), np.empty(planes, dtype=np.int64)
         for k in range(planes):
