@@ -55,9 +55,10 @@ def lines_of(script):
                           cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__)))).stdout.splitlines()
 
 
+@pytest.mark.stage100
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc is told')
 def test_convolutions_multiply_nothing_that_they_did_not_write():
-    """Such numbers have no part in the results, but a processor may take a hundred times as long for them."""
+    """Such numbers have no part in the results, but many processors take far longer to multiply them."""
     lines = lines_of(TINY)
     if lines.pop() != 'True True':
         pytest.skip('the loops do not run on the thread whose notes can be read')
