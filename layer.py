@@ -32,7 +32,7 @@ PITCH = BAND + 48    # between the sums of two channels: a power of two apart, t
 TILES = 384          # tiles that _winograd_by takes through all its steps before the next ones, at most
 SIDE = 6             # numbers along the side of the largest tile
 LINE = TILES + 16    # between the lines of two positions of a tile: again no power of two
-SHEET = 62416        # between what two products take of all planes, or of all weights: nor here, see spread_plane
+SHEET = 2**16 + 16   # between what two products take of all planes, or of all weights: nor here
 ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 MANY = 2**16         # windows of a weight: where it has more, each thread spreads those of the channels that it takes
 OWN = 16             # so many output channels at a time
@@ -472,9 +472,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     def spread_plane(a, b, k, x, plane, height, width, frame, first, length, across, side, line, v):
         """v[(i * side + j) * SHEET + k * line + p] = what product (i, j) of tile first + p takes of plane k.
 
-        a and b have room for the rows of a line of tiles, before and after the sums down its columns.  All products of a
-        plane are written side by side: were SHEET a power of two of pages, the processor's table would find room for a
-        few of these pages only.  As it is, any number of sheets spreads evenly over a cache or table of any size.
+        a and b have room for the rows of a line of tiles, before and after the sums down its columns.
         """
         by, one = np.int64(ROW), np.int64(1)
         for h in range(first // across, (first + length - 1) // across + 1):

@@ -166,7 +166,7 @@ def test_convolution_of_many_channels_is_the_formula(case, dtype):
 
 
 @backward_stage
-@pytest.mark.parametrize('channels, same', [(2850, False), (3901, False), (3902, True)])
+@pytest.mark.parametrize('channels, same', [(2850, False), (4097, False), (4098, True)])
 def test_more_channels_than_there_is_room_for_keep_the_order_of_the_formula(channels, same):
     """Planes of some bands of the few tiles that so many channels leave room for."""
     layer, inputs, inputs_pad = convolution((1, channels, 32, 14, 18, 3, 1, 1))
