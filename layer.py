@@ -497,7 +497,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 for w in range(right, columns):
                     b[i * ROW + w] = 0
                 spread_across(v, i * side * SHEET + k * line + h * across + begin - first, b, i * ROW, one, end - begin)
-        for i in range(side * side):    # multiplied, too, to fill a vector: what happens to lie there may take far longer
+        # what fills the last vector is multiplied, too: numbers that happen to lie there may be such as take far longer
+        for i in range(side * side):
             for p in range(length, line):
                 v[i * SHEET + k * line + p] = 0
 
@@ -528,8 +529,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     def multiply(acc, m, q, c, some, rows, k, line, v, reads, packed, picks, channel):
         """m[(q * rows + c) * line + p] = product q of tile p in channel c, over the planes up to k + len(reads).
 
-        Those of the planes before k are there already.  The next three channels alike: past the last of `some` there is
-        room for it once more, and what comes of it is not gathered.
+        Those of the planes before k are there already.  The next three channels alike: past the last of `some` it
+        is that one once more, for which m has room, and what comes of it is not gathered.
         """
         to, done, one = (q * rows + c) * line, np.int64(0), np.int64(1)
         w1, w2, w3 = min(some - 1, 1) * channel, min(some - 1, 2) * channel, min(some - 1, 3) * channel

@@ -27,23 +27,23 @@ def test_disjoint_arrays_are_promised_to_be():
     assert re.search(promise, text_of(layer.inner(add, disjoint=True)))
 
 
-def test_the_stack_is_aligned():
+def add_with(word):
+    """`add`, with one of layer.py's words to the compiler before its loop."""
     @jit(nopython=True)
-    def add_aligned(out, x):
-        layer._align_stack()
+    def add_so(out, x):
+        word()
         for p in range(len(out)):
             out[p] = out[p] + x[p]
 
-    assert 'alignstack=64' in text_of(add_aligned)
+    return add_so
+
+
+def test_the_stack_is_aligned():
+    assert 'alignstack=64' in text_of(add_with(layer._align_stack))
 
 
 def test_the_widest_vectors_are_asked_for_and_taken():
-    @jit(nopython=True)
-    def add_widely(out, x):
-        layer._widest_vectors()
-        for p in range(len(out)):
-            out[p] = out[p] + x[p]
-
-    assert '"prefer-vector-width"="512"' in text_of(add_widely)
+    compiled = add_with(layer._widest_vectors)
+    assert '"prefer-vector-width"="512"' in text_of(compiled)
     if get_host_cpu_features().get('avx512f'):
-        assert '%zmm' in add_widely.inspect_asm(add_widely.signatures[0])
+        assert '%zmm' in compiled.inspect_asm(compiled.signatures[0])
