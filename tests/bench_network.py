@@ -5,6 +5,7 @@ The network has random weights and a random input; torch has the same ones.  For
 backward is float64 on both sides, as the lab's dtypes make it.
 """
 import contextlib
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import numba
 import numpy as np
 
 import textbook
-from bench import get_num_threads, in_turns, on_one_thread, torch
+from bench import get_num_threads, in_turns, on_one_thread, set_num_threads, torch
 from file import memory
 from layer import ConvolutionLayer, FullyConnectLayer, MaxPoolLayer
 from vgg import VGG16, _count
@@ -133,11 +134,64 @@ def row(what, mine, other):
     return '%7.2f  %-52s %s  /  %s' % (np.median(mine) / np.median(other), what, spread(mine), spread(other))
 
 
-def passes(model, x, repeats, end='', all_rows=True):
+def to_and_fro(network, ready, busy):
+    """Go through the layers of network() and back on one thread, without prints, as long as busy is set."""
+    set_num_threads(1)
+    memory.keep_what_is_freed()
+    model, x = network()
+    layers = list(model.graph_layers.values())
+
+    def once(wait):
+        y = x
+        for layer in layers:
+            wait()
+            y = layer.forward(y)
+        y = np.ones(y.shape)
+        for layer in reversed(layers):
+            wait()
+            y = layer.backward(y)
+
+    once(lambda: None)    # what has to be compiled is, then
+    ready.set()
+    while True:
+        once(busy.wait)
+
+
+@contextlib.contextmanager
+def neighbour(network):
+    """An event: while it is set, another process, which shares nothing but the machine, makes passes.  None: it died."""
+    spawn = multiprocessing.get_context('spawn')
+    ready, busy = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=to_and_fro, args=(network, ready, busy), daemon=True)
+    other.start()
+    try:
+        while other.is_alive() and not ready.wait(0.1):
+            pass
+        if not other.is_alive():
+            say('without a second process: it ended with status %s' % other.exitcode)
+        yield busy if other.is_alive() else None
+    finally:
+        other.terminate()
+        other.join()
+
+
+def while_busy(work, busy):
+    """The work with the neighbour at its own meanwhile."""
+    def run():
+        busy.set()
+        try:
+            return work()
+        finally:
+            busy.clear()
+    return run
+
+
+def passes(model, x, repeats, end='', all_rows=True, busy=None):
     """Lines of text about the whole forward and backward pass, taking turns with torch.
 
     `end` is put behind their names.  all_rows: beside the textbook and one thread, too.  How much a second one helps
-    depends on the machine, so torch is set beside its own one thread as well; and the sums that our passes print are
+    depends on the machine: torch is set beside its own one thread as well, and two processes at once, where there is a
+    neighbour that can be `busy`, beside one of them that does the work of both.  The sums that our passes print are
     numpy's, on one thread either way, so there is a row without them.  The textbook's passes take a hundred times as
     long and are not repeated as often.
     """
@@ -162,6 +216,9 @@ def passes(model, x, repeats, end='', all_rows=True):
         for name, work in list(works.items()):
             theirs = (torch.get_num_threads, torch.set_num_threads) if name.startswith('torch') else ()
             works[name + ' 1'] = on_one_thread(work, *theirs)
+        if busy is not None:
+            for way in ('forward', 'backward'):
+                works['bare %s 1 beside' % way] = while_busy(works['bare %s 1' % way], busy)
     plain, times, lines = [], {name: [] for name in works}, []
     for _ in range(repeats):
         if all_rows:
@@ -175,12 +232,18 @@ def passes(model, x, repeats, end='', all_rows=True):
                   row('backward / torch float64' + end, times['backward'], times['torch backward'])]
     if not all_rows:
         return '\n'.join(lines)
-    both = np.add(times['forward'], times['backward'])
-    lines.append(row('textbook / ours, forward and backward' + end, plain, both))
+
+    def both_of(name, some=''):
+        return np.add(times[name + 'forward' + some], times[name + 'backward' + some])
+
+    lines.append(row('textbook / ours, forward and backward' + end, plain, both_of('')))
     for whose, name in (('both passes', ''), ('without prints', 'bare '), ("torch's passes", 'torch ')):
         if name + 'forward 1' in times:
-            one, many = (np.add(times[name + 'forward' + some], times[name + 'backward' + some]) for some in (' 1', ''))
+            one, many = both_of(name, ' 1'), both_of(name)
             lines.append(row('one thread / %d threads, %s%s' % (get_num_threads(), whose, end), one, many))
+    if 'bare forward 1 beside' in times:
+        lines.append(row('one process twice / two at once' + end, 2 * both_of('bare ', ' 1'),
+                         both_of('bare ', ' 1 beside')))
     return '\n'.join(lines)
 
 
@@ -300,6 +363,7 @@ def report(repeats, ckpt):
         whole.append(passes(model, x, repeats, all_rows=False))
     # as main.py does, and last: it cannot be undone
     kept = ', memory kept' if memory.keep_what_is_freed() else ''
-    whole.append(passes(model, x, repeats, kept))
+    with neighbour(random_network) as busy:
+        whole.append(passes(model, x, repeats, kept, busy=busy))
     windows = window_table(repeats, kept)
     print('%s\n%s\n\n%s\n\n%s' % ('\n'.join(whole), processes, layers, windows))

@@ -1,8 +1,10 @@
 """The rungs of tests/ladder.py against the textbook, and the measuring around them against ladders made up here."""
 import collections
+import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -258,6 +260,72 @@ def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
     assert ratios == ['0.30', '0.20', '10.00', '2.00', '2.75', '2.50'] and lines[-1].split('/')[1].startswith(
         " %d threads, torch's passes" % bench.get_num_threads())
     assert threads == [before, 1] and torch.get_num_threads() == before
+
+
+def noting_network(path):
+    """A network, as another process takes it, that notes each layer's work in a file: how many threads it has."""
+    def noted(work):
+        def run(y):
+            with open(path, 'a') as file:
+                file.write('%d' % bench.get_num_threads())
+            time.sleep(0.01)
+            return work(y)
+        return run
+
+    model = Small()
+    for layer in model.graph_layers.values():
+        layer.forward, layer.backward = noted(layer.forward), noted(layer.backward)
+    return model, np.ones((1, 3, 8, 8), np.float32)
+
+
+def test_the_neighbour_works_on_one_thread_while_it_is_told_to(tmp_path):
+    path, layers = tmp_path / 'notes', len(Small().graph_layers)
+    with bench_network.neighbour(functools.partial(noting_network, str(path))) as busy:
+        time.sleep(0.2)
+        assert path.read_text() == '1' * 2 * layers    # one pass, before it is ready, and no more
+        assert bench_network.while_busy(lambda: time.sleep(0.5) or 'done', busy)() == 'done' and not busy.is_set()
+        time.sleep(0.2)
+        noted = path.read_text()
+        assert len(noted) > 3 * layers and set(noted) == {'1'}
+        with pytest.raises(ZeroDivisionError):
+            bench_network.while_busy(lambda: 1 / 0, busy)()
+        assert not busy.is_set()
+        time.sleep(0.2)
+        noted = path.read_text()
+        time.sleep(0.2)
+        assert path.read_text() == noted
+        busy.set()
+    noted = path.read_text()
+    time.sleep(0.2)
+    assert path.read_text() == noted    # it is gone
+
+
+def test_without_a_neighbour_the_rows_go_on(capfd):
+    with bench_network.neighbour(int) as busy:    # no network: it fails
+        assert busy is None
+    assert 'without a second process: it ended with status 1' in capfd.readouterr().err
+
+
+@pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
+def test_two_processes_stand_beside_one_that_does_the_work_of_both(monkeypatch):
+    monkeypatch.setattr(bench_network, 'torch', None)
+    monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
+    busy, seen = threading.Event(), []
+    monkeypatch.setattr(MaxPoolLayer, 'forward', lambda self, x, plain=MaxPoolLayer.forward: (
+        seen.append((bench.get_num_threads(), busy.is_set())) or plain(self, x)))
+    model, x = Small(), np.ones((1, 3, 8, 8), np.float32)
+    model.forward(x)
+    seen.clear()
+
+    def in_turns(works, repeats, warm):
+        works['bare forward 1']()
+        works['bare forward 1 beside']()
+        return {name: [6.0 if 'beside' in name else 5.0 if name.endswith('1') else 1.0] for name in works}
+
+    monkeypatch.setattr(bench_network, 'in_turns', in_turns)
+    ratio, words = bench_network.passes(model, x, 1, busy=busy).splitlines()[-1].split(None, 1)
+    assert (ratio, seen) == ('1.67', [(1, False), (1, True)])    # 20 s of work in 12
+    assert words.startswith('one process twice / two at once') and '20.000 s' in words and '12.000 s' in words
 
 
 def test_textbook_passes_are_the_networks(monkeypatch):
