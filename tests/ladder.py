@@ -12,7 +12,7 @@ window reversed and with inputs and outputs exchanged.
 import numpy as np
 from numba import prange
 
-from layer import kernel
+from layer import _align_stack, _widest_vectors, kernel
 
 BAND = 1024          # positions of a tile: 4 bytes each, four channels of it are half of a 32 KiB cache
 PITCH = BAND + 48    # between the sums of two channels: exactly 4096 bytes apart, they would evict each other
@@ -218,6 +218,8 @@ QUARTER = 512
 @kernel
 def sixteen_multiply_adds(x, a, b):
     """Four numbers side by side: a processor begins eight multiply-adds or more before the first one is done."""
+    _align_stack()    # what has one of its own is not made a part of its caller
+    _widest_vectors()
     Q, R, S = np.uint64(QUARTER), np.uint64(2 * QUARTER), np.uint64(3 * QUARTER)
     for p in range(np.uint64(QUARTER)):
         t, u, v, w = x[p], x[p + Q], x[p + R], x[p + S]
