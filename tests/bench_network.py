@@ -159,7 +159,7 @@ def to_and_fro(network, ready, busy):
 
 @contextlib.contextmanager
 def neighbour(network):
-    """An event: while it is set, another process, which shares nothing but the machine, makes passes.  None: it died."""
+    """An event: while it is set, another process makes passes, and shares nothing but the machine.  None: it ended."""
     spawn = multiprocessing.get_context('spawn')
     ready, busy = spawn.Event(), spawn.Event()
     other = spawn.Process(target=to_and_fro, args=(network, ready, busy), daemon=True)
