@@ -159,7 +159,10 @@ def to_and_fro(network, ready, busy):
 
 @contextlib.contextmanager
 def neighbour(network):
-    """An event: while it is set, another process makes passes, and shares nothing but the machine.  None: it ended."""
+    """An event: while it is set, another process makes passes, and shares nothing but the machine.
+
+    None if that process ended before it was ready; if it does so later, standard error says that its row is none.
+    """
     spawn = multiprocessing.get_context('spawn')
     ready, busy = spawn.Event(), spawn.Event()
     other = spawn.Process(target=to_and_fro, args=(network, ready, busy), daemon=True)
@@ -169,7 +172,10 @@ def neighbour(network):
             pass
         if not other.is_alive():
             say('without a second process: it ended with status %s' % other.exitcode)
-        yield busy if other.is_alive() else None
+            busy = None
+        yield busy
+        if busy is not None and not other.is_alive():
+            say('the second process ended too early, with status %s: do not trust its row' % other.exitcode)
     finally:
         other.terminate()
         other.join()
@@ -363,7 +369,7 @@ def report(repeats, ckpt):
         whole.append(passes(model, x, repeats, all_rows=False))
     # as main.py does, and last: it cannot be undone
     kept = ', memory kept' if memory.keep_what_is_freed() else ''
-    with neighbour(random_network) as busy:
+    with neighbour(random_network) if get_num_threads() > 1 else contextlib.nullcontext() as busy:
         whole.append(passes(model, x, repeats, kept, busy=busy))
     windows = window_table(repeats, kept)
     print('%s\n%s\n\n%s\n\n%s' % ('\n'.join(whole), processes, layers, windows))

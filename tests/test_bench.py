@@ -1,6 +1,7 @@
 """The rungs of tests/ladder.py against the textbook, and the measuring around them against ladders made up here."""
 import collections
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -304,6 +305,15 @@ def test_without_a_neighbour_the_rows_go_on(capfd):
     with bench_network.neighbour(int) as busy:    # no network: it fails
         assert busy is None
     assert 'without a second process: it ended with status 1' in capfd.readouterr().err
+
+
+def test_a_neighbour_that_ends_too_early_is_told_of(tmp_path, capfd):
+    with bench_network.neighbour(functools.partial(noting_network, str(tmp_path / 'notes'))):
+        other, = multiprocessing.active_children()
+        assert 'ended' not in capfd.readouterr().err
+        other.terminate()
+        other.join()
+    assert 'the second process ended too early, with status -15' in capfd.readouterr().err
 
 
 @pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
