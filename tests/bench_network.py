@@ -4,6 +4,7 @@ and convolutions with other windows and strides than VGG16's.
 The network has random weights and a random input; torch has the same ones.  Forward is float32 on both sides;
 backward is float64 on both sides, as the lab's dtypes make it.
 """
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -192,6 +193,27 @@ def while_busy(work, busy):
     return run
 
 
+def on_first(cores, work):
+    """The work on the first of the cores, where there are any; threads that it starts would have to stay there."""
+    def run():
+        if not cores:
+            return work()
+        everywhere = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {cores[0]})
+        try:
+            return work()
+        finally:
+            os.sched_setaffinity(0, everywhere)
+    return run
+
+
+def of_average_speed(times, count):
+    """Seconds that a core of average speed takes, one number for each `count` of rounds, each on another core."""
+    count = max(1, min(count, len(times)))
+    turns = np.reshape(times[:len(times) // count * count], (-1, count))
+    return count / (1 / turns).sum(axis=1)
+
+
 def passes(model, x, repeats, end='', all_rows=True, busy=None):
     """Lines of text about the whole forward and backward pass, taking turns with torch.
 
@@ -200,8 +222,12 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
     neighbour that can be `busy`, beside one of them that does the work of both.  The sums that our passes print are
     numpy's, on one thread either way, so there is a row without them.  The textbook's passes take a hundred times as
     long and are not repeated as often.
+
+    One core may be slower than another, by nature or because somebody else's work shares it, and the operating system
+    leaves one thread where it is.  Two threads have both: one is sent to each of them in turn, round by round.
     """
     out_grad, layers = np.ones((1, 4)), list(model.graph_layers.values())
+    cores = collections.deque(sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ())
 
     def through(steps, y):
         for step in steps:
@@ -221,7 +247,7 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
         works['bare backward'] = lambda: through([layer.backward for layer in reversed(layers)], out_grad)
         for name, work in list(works.items()):
             theirs = (torch.get_num_threads, torch.set_num_threads) if name.startswith('torch') else ()
-            works[name + ' 1'] = on_one_thread(work, *theirs)
+            works[name + ' 1'] = on_first(cores, on_one_thread(work, *theirs))
         if busy is not None:
             for way in ('forward', 'backward'):
                 works['bare %s 1 beside' % way] = while_busy(works['bare %s 1' % way], busy)
@@ -231,8 +257,10 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
             say('the textbook: a minute or two')
             plain.append(textbook_passes(model, x, out_grad)[2])
         say('whole passes')
-        for name, seconds in in_turns(works, ROUNDS, warm=True).items():
-            times[name] += seconds
+        for _ in range(ROUNDS):
+            for name, seconds in in_turns(works, 1, warm=True).items():
+                times[name] += seconds
+            cores.rotate(-1)
     if torch:
         lines += [row('forward with prints / torch float32' + end, times['forward'], times['torch forward']),
                   row('backward / torch float64' + end, times['backward'], times['torch backward'])]
@@ -240,7 +268,8 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
         return '\n'.join(lines)
 
     def both_of(name, some=''):
-        return np.add(times[name + 'forward' + some], times[name + 'backward' + some])
+        seconds = np.add(times[name + 'forward' + some], times[name + 'backward' + some])
+        return of_average_speed(seconds, len(cores)) if some else seconds
 
     lines.append(row('textbook / ours, forward and backward' + end, plain, both_of('')))
     for whose, name in (('both passes', ''), ('without prints', 'bare '), ("torch's passes", 'torch ')):

@@ -20,6 +20,7 @@ from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLaye
 
 COMMAND = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'bench.py')]
 PEAKS = bench.Machine(1e9, 1e9, 1e9)
+EVERYWHERE = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()    # of cores, before any test
 RUNGS = {'loop order': ladder.loop_order, 'four channels': ladder.four_channels,
          'tiles': lambda *arrays: ladder.tiles(*(arrays + (False,))),
          'four taps': lambda *arrays: ladder.tiles(*(arrays + (True,)))}
@@ -215,6 +216,7 @@ def test_passes_print_nothing_of_the_network(capsys, monkeypatch):
 
 @pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
 def test_passes_without_prints_are_all_layers_on_as_many_threads(capsys, monkeypatch):
+    monkeypatch.setattr(bench_network, 'ROUNDS', 1)
     monkeypatch.setattr(bench_network, 'torch', None)
     monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
     model, x, threads, many = Small(), np.ones((1, 3, 8, 8), np.float32), [], bench.get_num_threads()
@@ -241,6 +243,7 @@ def test_passes_without_prints_are_all_layers_on_as_many_threads(capsys, monkeyp
 @pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
 def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
     torch = pytest.importorskip('torch')
+    monkeypatch.setattr(bench_network, 'ROUNDS', 1)
     seconds = {'forward': 3, 'backward': 4, 'forward 1': 5, 'backward 1': 9, 'torch forward': 10, 'torch backward': 20,
                'torch forward 1': 11, 'torch backward 1': 64, 'bare forward': 1, 'bare backward': 3,
                'bare forward 1': 6, 'bare backward 1': 5}
@@ -261,6 +264,47 @@ def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
     assert ratios == ['0.30', '0.20', '10.00', '2.00', '2.75', '2.50'] and lines[-1].split('/')[1].startswith(
         " %d threads, torch's passes" % bench.get_num_threads())
     assert threads == [before, 1] and torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(bench.get_num_threads() == 1 or not EVERYWHERE,
+                    reason='one thread only, or one that cannot be sent to a core')
+def test_passes_send_one_thread_to_each_core_in_turn(monkeypatch):
+    """Also with a neighbour, and also when it fails; several threads may go everywhere."""
+    monkeypatch.setattr(bench_network, 'torch', None)
+    monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
+    busy, seen = threading.Event(), {}
+
+    def in_turns(works, repeats, warm):
+        assert (repeats, warm) == (1, True)
+        for name, work in works.items():
+            work()
+            seen.setdefault(name, []).append(notes.pop())
+        return {name: [1.0 + len(seen[name]) % 2 * 2 * name.endswith('1')] for name in works}    # 1 on every other core
+
+    notes, model, x = [], Small(), np.ones((1, 3, 8, 8), np.float32)
+    model.forward(x)
+    for layer in (MaxPoolLayer, FullyConnectLayer):
+        for way in ('forward', 'backward'):
+            monkeypatch.setattr(layer, way, lambda self, y, plain=getattr(layer, way): (
+                notes.append(os.sched_getaffinity(0)) or plain(self, y)))
+    monkeypatch.setattr(bench_network, 'in_turns', in_turns)
+    lines = bench_network.passes(model, x, 1, busy=busy).splitlines()
+    cores = sorted(EVERYWHERE)
+    for name, places in seen.items():
+        turns = [{cores[turn % len(cores)]} for turn in range(bench_network.ROUNDS)]
+        assert places == (turns if '1' in name else [EVERYWHERE] * bench_network.ROUNDS)
+    if len(cores) == 2:
+        assert lines[1].split()[0] == '1.50'    # a core that takes 3 seconds and one that takes 1: 4 passes in 6
+    with pytest.raises(ZeroDivisionError):
+        bench_network.on_first(cores, lambda: 1 / 0)()
+    assert os.sched_getaffinity(0) == EVERYWHERE
+    assert bench_network.on_first([], lambda: os.sched_getaffinity(0))() == EVERYWHERE
+
+
+@pytest.mark.parametrize('times, cores, seconds', [([1, 3, 2, 2], 2, [1.5, 2]), ([1, 3, 9], 2, [1.5]), ([4], 2, [4]),
+                                                   ([1, 2], 0, [1, 2])])
+def test_the_average_is_that_of_speeds(times, cores, seconds):
+    np.testing.assert_allclose(bench_network.of_average_speed(np.array(times, float), cores), seconds)
 
 
 def noting_network(path):
@@ -318,6 +362,7 @@ def test_a_neighbour_that_ends_too_early_is_told_of(tmp_path, capfd):
 
 @pytest.mark.skipif(bench.get_num_threads() == 1, reason='one thread only')
 def test_two_processes_stand_beside_one_that_does_the_work_of_both(monkeypatch):
+    monkeypatch.setattr(bench_network, 'ROUNDS', 1)
     monkeypatch.setattr(bench_network, 'torch', None)
     monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
     busy, seen = threading.Event(), []
