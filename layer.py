@@ -586,8 +586,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             m = _aligned(np.empty(products * own * line + 16, dtype=out.dtype))
         while job >= 0:
             for u in range(begin + job * (end - begin) // jobs, begin + (job + 1) * (end - begin) // jobs):
-                if u < 0:
-                    spread_plane(a, b, u + planes, x, n * planes, height, width, frame, first, length, across, side,
+                if step == SPREAD and u >= blocks:
+                    spread_plane(a, b, u - blocks, x, n * planes, height, width, frame, first, length, across, side,
                                  line, v)
                     continue
                 q, c = u // blocks, u % blocks * OWN    # the first product and channel of this part
@@ -613,8 +613,9 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     def share(step, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v, packed, reads, picks, m, out):
         """The parts begin to end of a step, in jobs that threads share, for `length` tiles of image n from `first` on.
 
-        A part is OWN of the `mine` output channels from `top` on; to MULTIPLY, one product of these.  The parts below
-        zero are planes of the inputs to be spread.  ALL: the three steps one after the other.
+        A part is OWN of the `mine` output channels from `top` on; to MULTIPLY, one product of these.  In SPREAD, the
+        planes of the inputs come behind: short parts in the end, as whoever is done then waits.  ALL: the three steps
+        one after the other.
         """
         jobs = min(end - begin, JOBS)
         taken = _nothing_taken(jobs)
@@ -660,8 +661,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                     step = ALL if many and k == 1 else SPREAD << k
                     begin, end = zero, blocks * (products if step == MULTIPLY else one)
                     if step == SPREAD:
-                        begin = -planes if top == 0 else zero
-                        end = zero if many or index > 0 and block == channels else blocks
+                        begin = blocks if many or index > 0 and block == channels else zero
+                        end = blocks + planes if top == 0 else blocks
                     share(step, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v, packed, reads,
                           picks, m, out)
 
