@@ -35,7 +35,7 @@ LINE = TILES + 16    # between the lines of two positions of a tile: again no po
 SHEET = 2**16 + 16   # between what two products take of all planes, or of all weights: nor here
 ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 MANY = 2**16         # windows of a weight: where it has more, each thread spreads those of the channels that it takes
-OWN = 16             # so many output channels at a time
+OWN = 32             # so many output channels at a time
 PART = 256           # and input channels, at most: a multiple of eight, see _add_eights
 LANES = 512          # partial sums of a dot product
 ASIDE = LANES + 16   # between those of two dot products: again no power of two
@@ -283,17 +283,6 @@ def _scatter(out, to, step, x, start, length):
         out[to + p * by] = x[start + p]
 
 
-@inner(disjoint=True)
-def _columns(out, to, by, x, start, length):
-    """out[to + j * by + p] = x[start + 3 * p + j] for j < 3."""
-    start, one, two, three = np.uint64(start), np.uint64(1), np.uint64(2), np.uint64(3)
-    to0, to1, to2 = np.uint64(to), np.uint64(to + by), np.uint64(to + 2 * by)
-    for p in range(np.uint64(length)):
-        out[to0 + p] = x[start + p * three]
-        out[to1 + p] = x[start + p * three + one]
-        out[to2 + p] = x[start + p * three + two]
-
-
 @inner
 def _whole_vectors(length, x):
     """length, rounded up to a multiple of what the widest vector holds: 16 float32 or 8 float64."""
@@ -417,7 +406,7 @@ def _split(x, planes, height, width, frame, step, used, rows, columns, parts):
 
 # --------------------------------------------------------------------- convolution with fewer multiplications
 
-def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
+def _winograd_by(tile, back, inputs_of, factors, outputs_of):
     """What _correlate computes, for windows of 3x3 and a stride of 1, in tiles of tile * tile outputs.
 
     Along a line, two neighbouring outputs read four numbers: y0 = x0 w0 + x1 w1 + x2 w2, y1 = x1 w0 + x2 w1 + x3 w2.
@@ -438,11 +427,11 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     (Winograd 1980; Lavin and Gray, arXiv 1509.09308, where the numbers below are written as matrices.)
 
     The functions that follow make such steps, on lines of `length` numbers: x_i begins at start + i * apart in x, y_i
-    at to + i * by in y.  inputs_of(each, by), weights_of(each, by) and outputs_of(each, line) make the function.  Where
-    each is not 1, the numbers of a tile lie beside each other in a plane: x_i of tile p (or y_i, for outputs) is i + p
-    * each numbers from the start, whatever apart (or by) is; in windows that are turned round, each is negative, and so
-    is i.  `line` is by, or apart where by is 1.  These are constants, because otherwise the compiler has to look in
-    every call whether two lines overlap, and does not take several numbers at a time where there are some dozens only.
+    at to + i * by in y.  inputs_of(each, by) and outputs_of(each, line) make the function, and _row_of_weights makes it
+    of `factors`, which each product takes the weights by.  Where each is not 1, the numbers of a tile lie beside each
+    other in a plane: x_i of tile p (or y_i, for outputs) is i + p * each numbers from the start, whatever apart (or by)
+    is.  `line` is by, or apart where by is 1.  These are constants, because otherwise the compiler has to look in every
+    call whether two lines overlap, and does not take several numbers at a time where there are some dozens only.
 
     Returns a compiled function; the arguments are constants in it.  Its work, for one band of tiles after the other, so
     that the numbers are still in a cache for the next step:
@@ -455,8 +444,8 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
 
     Threads wait for each other after each step.  Where a weight has more than MANY windows, they do not: spread, these
     are several times as large as a cache (512 x 512 of them are 75 MB), but each meets few tiles.  There all threads
-    spread the inputs, and then each takes OWN output channels through all that is left, PART input channels at a time:
-    what a core spreads of the weights, it multiplies itself, soon after.
+    spread the inputs, and then each takes OWN output channels through all that is left, PART input channels at a time,
+    and a row of products after the other: what a core spreads of the weights, it multiplies itself, soon after.
 
     Each step goes down the columns of a tile first and then across its rows.  `side` is tile + 2, but handed on as an
     argument: with a constant the compiler unrolls all loops over a tile and takes twice as long.
@@ -464,7 +453,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     `back` turns the windows round and lets the inputs be what the weight calls outputs.
     """
     spread_down, spread_across = inputs_of(1, ROW), inputs_of(tile, SHEET)
-    weights_down, weights_across = weights_of(-3 if back else 3, 3 * LINE), weights_of(1, SHEET)
+    spread_row = _row_of_weights(factors)
     gather_down, gather_across = outputs_of(1, LINE), outputs_of(tile, SIDE * LINE)
     SPREAD, MULTIPLY, GATHER, ALL = np.int64(1), np.int64(2), np.int64(4), np.int64(7)
 
@@ -503,30 +492,31 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 v[i * SHEET + k * line + p] = 0
 
     @inner(of=tile)
-    def spread_weights(a, b, weight, planes, channels, k, some, top, mine, side, pitch, to, packed):
-        """packed[(i * side + j) * SHEET + to + r * pitch + q] = what product (i, j) takes of window q of row r.
+    def separate(a, weight, planes, channels, k, some, top, mine):
+        """a[(3 * i + j) * some * mine + w] = number (i, j) of window w, or of that window turned round.
 
         These are the windows from `some` planes, k the first, to `mine` channels, top the first.  They lie in the
-        weight in rows, backward one for each plane, forward one for each channel.  A row has TILES windows at most; as
-        many rows as have no more in all are taken at once, if they also lie one behind the other in packed.
-        a and b have room for the columns of as many windows, as above.
+        weight in rows, backward one for each plane, forward one for each channel.
         """
-        zero, one, two, by = np.int64(0), np.int64(1), np.int64(2), np.int64(3 * LINE)
         rows, count = (some, mine) if back else (mine, some)
         first, apart = (k * channels + top, channels) if back else (top * planes + k, planes)
-        together = TILES // count if count == pitch else one
-        for r in range(0, rows, together):
-            length = min(together, rows - r) * count
-            beside = 3 * length    # a column of all these windows, from top to bottom
-            for q in range(0, length, count):
-                _columns(a, 3 * q + 2 * beside if back else 3 * q, -beside if back else beside, weight,
-                         (first + (r + q // count) * apart) * 9, 3 * count)
-            weights_down(b, zero, a, two if back else zero, one, beside)    # three columns in one
-            for i in range(side):
-                weights_across(packed, i * side * SHEET + to + r * pitch, b, i * by, length, length)
+        for r in range(rows):
+            for j in range(9):
+                _copy(a, ((8 - j if back else j) * rows + r) * count, weight, (first + r * apart) * 9 + j, np.int64(9),
+                      count)
 
     @inner(of=tile)
-    def multiply(acc, m, q, c, some, rows, k, line, v, reads, packed, picks, channel):
+    def spread_weights(a, some, mine, i, pitch, to, packed):
+        """packed[j * SHEET + to + r * pitch + q] = what product (i, j) takes of window q of row r, which a holds apart.
+        """
+        rows, count = (some, mine) if back else (mine, some)
+        length, (u, v, w) = rows * count, factors[i]
+        together = rows if count == pitch else np.int64(1)    # rows that lie one behind the other
+        for r in range(0, rows, together):
+            spread_row(packed, to + r * pitch, a, r * count, length, together * count, u, v, w)
+
+    @inner(of=tile)
+    def multiply(acc, m, q, c, some, rows, k, line, v, reads, packed, sheet, picks, channel):
         """m[(q * rows + c) * line + p] = product q of tile p in channel c, over the planes up to k + len(reads).
 
         Those of the planes before k are there already.  The next three channels alike: past the last of `some` it
@@ -540,7 +530,7 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
         else:
             for i in range(GROUP):
                 _copy(acc, i * PITCH, m, to + i * line, one, line)
-        start, first = q * SHEET + k * line, q * SHEET + c * channel
+        start, first = q * SHEET + k * line, sheet * SHEET + c * channel
         if not back:    # numba compiles this for forward only
             if acc.itemsize == 4:
                 _add_eights(acc, line, v, start, reads, packed, first, picks, w1, w2, w3)
@@ -577,12 +567,13 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
             return
         planes, height, width, frame, channels, across, side, line, pitch = sizes
         zero, own, products, numbers = np.int64(0), np.int64(OWN), side * side, np.int64(SIDE * ROW)
-        a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 9 * TILES + 16, dtype=np.float64))
-        columns, acc = b[numbers:], _aligned(np.empty(np.int64(2 * GROUP * PITCH + 16), dtype=out.dtype))
+        a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 16, dtype=np.float64))
+        windows = np.empty(np.int64(9 * OWN * PART), dtype=weight.dtype)
+        acc = _aligned(np.empty(np.int64(2 * GROUP * PITCH + 16), dtype=out.dtype))
         channel, blocks = np.int64(1) if back else pitch, (mine + OWN - 1) // OWN
         rows, part = (mine + GROUP - 1) // GROUP * GROUP, planes if step == MULTIPLY else np.int64(PART)
         if step == ALL:    # nobody else needs what lies between the steps
-            rows, packed = own, _aligned(np.empty(products * SHEET + 16, dtype=out.dtype))
+            rows, packed = own, _aligned(np.empty(side * SHEET + 16, dtype=out.dtype))
             m = _aligned(np.empty(products * own * line + 16, dtype=out.dtype))
         while job >= 0:
             for u in range(begin + job * (end - begin) // jobs, begin + (job + 1) * (end - begin) // jobs):
@@ -596,12 +587,15 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
                 for k in range(0, planes, part):
                     along, t = min(part, planes - k), zero if step == ALL else k
                     if step & SPREAD:
-                        spread_weights(columns, b, weight, planes, channels, k, along, top + c, some, side, pitch,
-                                       o * channel + picks[t], packed)
-                    if step & MULTIPLY:
-                        for i in range(q, last):
+                        separate(windows, weight, planes, channels, k, along, top + c, some)
+                    for i in range(q, last):
+                        sheet = i % side if step == ALL else i
+                        if step & SPREAD and i % side == 0:
+                            spread_weights(windows, along, some, i // side, pitch,
+                                           sheet * SHEET + o * channel + picks[t], packed)
+                        if step & MULTIPLY:
                             for g in range(o, o + some, GROUP):
-                                multiply(acc, m, i, g, o + some - g, rows, k, line, v, reads[:along], packed,
+                                multiply(acc, m, i, g, o + some - g, rows, k, line, v, reads[:along], packed, sheet,
                                          picks[t:], channel)
                 if step & GATHER:
                     for g in range(some):
@@ -669,6 +663,37 @@ def _winograd_by(tile, back, inputs_of, weights_of, outputs_of):
     return winograd
 
 
+def _row_of_weights(factors):
+    """A step that makes what the products of one row take of the weights, for `length` windows.
+
+    The weights are first added up down their columns, by the row's own factors u, v and w, then across by all factors.
+    Number (i, j) of window p is x[start + (3 * i + j) * apart + p].
+    """
+    (a1, b1, c1), (a2, b2, c2), (a3, b3, c3), (a4, b4, c4) = factors[1:5]
+    six = len(factors) == 6
+
+    @inner(of=len(factors), disjoint=True)
+    def step(y, to, x, start, apart, length, u, v, w):
+        to, start, n = np.uint64(to), np.uint64(start), np.uint64(apart)
+        n2, n3, n4, n5 = np.uint64(2) * n, np.uint64(3) * n, np.uint64(4) * n, np.uint64(5) * n
+        n6, n7, n8 = np.uint64(6) * n, np.uint64(7) * n, np.uint64(8) * n
+        t1, t2, t3 = np.uint64(SHEET), np.uint64(2 * SHEET), np.uint64(3 * SHEET)
+        t4, t5 = np.uint64(4 * SHEET), np.uint64(5 * SHEET)
+        for p in range(np.uint64(length)):
+            q = start + p
+            w0 = u * np.float64(x[q]) + v * np.float64(x[q + n3]) + w * np.float64(x[q + n6])
+            w1 = u * np.float64(x[q + n]) + v * np.float64(x[q + n4]) + w * np.float64(x[q + n7])
+            w2 = u * np.float64(x[q + n2]) + v * np.float64(x[q + n5]) + w * np.float64(x[q + n8])
+            y[to + p] = w0
+            y[to + t1 + p] = a1 * w0 + b1 * w1 + c1 * w2
+            y[to + t2 + p] = a2 * w0 + b2 * w1 + c2 * w2
+            y[to + t3 + p] = a3 * w0 + b3 * w1 + c3 * w2
+            y[to + t4 + p] = a4 * w0 + b4 * w1 + c4 * w2
+            if six:
+                y[to + t5 + p] = w2
+    return step
+
+
 def _three_inputs(each, by):
     """What five products take of five inputs: two polynomials multiplied by way of 0, 1, -1/2, -2 and infinity."""
     @inner(of=each, disjoint=True)
@@ -687,24 +712,6 @@ def _three_inputs(each, by):
             y[to + t2 + p] = x2 + x3 - 2 * x1
             y[to + t3 + p] = x3 - 0.5 * (x1 + x2)
             y[to + t4 + p] = x4 - x1 + 1.5 * (x3 - x2)
-    return step
-
-
-def _three_weights(each, by):
-    """What five products take of three weights."""
-    @inner(of=each, disjoint=True)
-    def step(y, to, x, start, apart, length):
-        to, start, n = np.uint64(to), np.uint64(start), np.uint64(abs(each))
-        s1 = np.uint64(apart if each == 1 else each // 3)
-        s2 = np.uint64(2) * s1
-        t1, t2, t3, t4 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by)
-        for p in range(np.uint64(length)):
-            w0, w1, w2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
-            y[to + p] = w0
-            y[to + t1 + p] = (w0 + w1 + w2) * (2 / 9)
-            y[to + t2 + p] = (4 * w0 - 2 * w1 + w2) * (2 / 9)
-            y[to + t3 + p] = (w0 - 2 * w1 + 4 * w2) * (-1 / 9)
-            y[to + t4 + p] = w2
     return step
 
 
@@ -751,25 +758,6 @@ def _four_inputs(each, by):
     return step
 
 
-def _four_weights(each, by):
-    """What six products take of three weights."""
-    @inner(of=each, disjoint=True)
-    def step(y, to, x, start, apart, length):
-        to, start, n = np.uint64(to), np.uint64(start), np.uint64(abs(each))
-        s1 = np.uint64(apart if each == 1 else each // 3)
-        s2 = np.uint64(2) * s1
-        t1, t2, t3, t4, t5 = np.uint64(by), np.uint64(2 * by), np.uint64(3 * by), np.uint64(4 * by), np.uint64(5 * by)
-        for p in range(np.uint64(length)):
-            w0, w1, w2 = x[start + p * n], x[start + s1 + p * n], x[start + s2 + p * n]
-            y[to + p] = w0
-            y[to + t1 + p] = (4 * w0 + 9 * w2 + 6 * w1) * (2 / 65)
-            y[to + t2 + p] = (4 * w0 + 9 * w2 - 6 * w1) * (2 / 65)
-            y[to + t3 + p] = (9 * w0 + 4 * w2 + 6 * w1) * (-9 / 130)
-            y[to + t4 + p] = (9 * w0 + 4 * w2 - 6 * w1) * (-9 / 130)
-            y[to + t5 + p] = w2
-    return step
-
-
 def _four_outputs(each, line):
     """Four outputs of six products."""
     @inner(of=each, disjoint=True)
@@ -791,8 +779,12 @@ def _four_outputs(each, line):
     return step
 
 
-_winograd_three = _winograd_by(3, False, _three_inputs, _three_weights, _three_outputs)
-_winograd_four = _winograd_by(4, True, _four_inputs, _four_weights, _four_outputs)
+# what each of the five, or six, products takes of three weights
+FIVE = (1., 0., 0.), (2 / 9, 2 / 9, 2 / 9), (8 / 9, -4 / 9, 2 / 9), (-1 / 9, 2 / 9, -4 / 9), (0., 0., 1.)
+SIX = ((1., 0., 0.), (8 / 65, 12 / 65, 18 / 65), (8 / 65, -12 / 65, 18 / 65), (-81 / 130, -54 / 130, -36 / 130),
+       (-81 / 130, 54 / 130, -36 / 130), (0., 0., 1.))
+_winograd_three = _winograd_by(3, False, _three_inputs, FIVE, _three_outputs)
+_winograd_four = _winograd_by(4, True, _four_inputs, SIX, _four_outputs)
 
 
 @register_jitable    # for Python and for compiled loops
