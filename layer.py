@@ -300,8 +300,22 @@ def _aligned(numbers):
 
 
 @inner
-def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight, channel, picks, bias, out, to, plane,
-                     down, across, height, width):
+def _clear_around(plane, wide, step, place, h, height, begin, end, width):
+    """Zeros where row h's numbers from begin to end will be put, `step` apart, and from there to the next ones.
+
+    The place of the first number of all is where that is in the plane, which has rows of `wide`; there are height *
+    width of them, and the outermost have all that is left of the plane.
+    """
+    a, b = place // wide, place % wide
+    top, bottom = h * step + a if h > 0 else 0, (h + 1) * step + a if h + 1 < height else len(plane) // wide
+    left, right = begin * step + b if begin > 0 else 0, end * step + b if end < width else wide
+    for y in range(top, bottom):
+        _fill(plane[y * wide + left:y * wide + right], 0.0)
+
+
+@inner
+def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight, channel, picks, bias, out, image,
+                     to, plane, down, across, height, width, clear):
     """One piece of _correlate's work: `band` positions of an image, from `first` on, for the channels of group g."""
     length = min(band, (height - 1) * row + width - first)
     if start + furthest + _whole_vectors(length, x) <= len(x):    # the last plane may have no room for what is dropped
@@ -316,7 +330,10 @@ def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight
     for c in range(mine):
         for h in range(first // row, min(height, (first + band - 1) // row + 1)):
             begin, end = max(0, first - h * row), min(width, first + band - h * row)
-            line, shift = to + (g * GROUP + c) * plane + h * down, c * PITCH + h * row - first
+            corner, shift = image + (g * GROUP + c) * plane, c * PITCH + h * row - first
+            line = corner + to + h * down
+            if clear and begin < end:
+                _clear_around(out[corner:corner + plane], down // across, across, to, h, height, begin, end, width)
             if across == 1:
                 _copy(out, line + begin, acc, shift + begin, 1, end - begin)
             else:
@@ -325,7 +342,7 @@ def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight
 
 @inner
 def _correlate_jobs(job, taken, pieces, bands, groups, band, x, image, row, reads, furthest, weight, channel, picks,
-                    bias, out, size, to, plane, down, across, height, width):
+                    bias, out, size, to, plane, down, across, height, width, clear):
     """The jobs of _correlate that one thread comes to, `job` the first of them."""
     jobs = len(taken)
     numbers = np.int64(GROUP * PITCH + 16)    # for a constant numba would compile np.empty once more
@@ -335,13 +352,13 @@ def _correlate_jobs(job, taken, pieces, bands, groups, band, x, image, row, read
         for piece in range(job * pieces // jobs, (job + 1) * pieces // jobs):
             n, first, g = piece // groups // bands, piece // groups % bands * band, piece % groups
             _correlate_piece(acc, first, band, g, x, n * image + first, row, reads, furthest, weight, channel, picks,
-                             bias, out, n * size + to, plane, down, across, height, width)
+                             bias, out, n * size, to, plane, down, across, height, width, clear)
         job = _next_job(taken, job)
 
 
 @inner(parallel=True)
 def _correlate(x, image, row, reads, weight, channel, picks, bias, out, images, size, to, plane, down, across, height,
-               width):
+               width, clear):
     """The sum at the heart of both directions of a convolution.
 
     For every image n < images, channel c < len(bias), row h < height and column w < width
@@ -349,7 +366,8 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, images, 
         out[n * size + to + c * plane + h * down + w * across]
             = bias[c] + sum over taps t of weight[c * channel + picks[t]] * x[n * image + reads[t] + h * row + w]
 
-    A tap is one term of the formula's triple sum: which number of the planes it reads, and which weight it picks.
+    A tap is one term of the formula's triple sum: which number of the planes it reads, and which weight it picks.  The
+    rest of a plane of out is left as it is, or cleared, where its down // across columns and rows are all of it.
 
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
@@ -371,7 +389,7 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, images, 
     taken = _nothing_taken(jobs)
     for index in prange(jobs):    # it counts in uint64: numba would compile what follows for both
         _correlate_jobs(np.int64(index), taken, pieces, bands, groups, band, x, image, row, reads, furthest, weight,
-                        channel, picks, bias, out, size, to, plane, down, across, height, width)
+                        channel, picks, bias, out, size, to, plane, down, across, height, width, clear)
 
 
 @inner
@@ -826,20 +844,8 @@ def _outputs_of_inputs(inputs, outputs, weight, bias, kernel_size, stride, paddi
     size = out_height * out_width
     _correlate(x, in_channels * used * used * rows * columns, columns, reads, weights, taps, picks, bias,
                outputs.reshape(-1), batch, out_channels * size, np.int64(0), size, out_width, np.int64(1), out_height,
-               out_width)
+               out_width, False)
     return outputs
-
-
-@inner(parallel=True)
-def _clear(planes):
-    """planes[n, c, h, w] = 0.  A thread takes about the rows that _correlate will let it begin with."""
-    batch, channels, height, width = planes.shape
-    for index in prange(batch * height):
-        job = np.int64(index)
-        for c in range(channels):
-            row = planes[job // height, c, job % height]
-            for w in range(np.uint64(width)):
-                row[w] = 0
 
 
 @register_jitable
@@ -881,8 +887,8 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
     nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
     numbers = in_grad.reshape(-1)
-    if S > 1 or out_height + K - 1 < height + P or out_width + K - 1 < width + P:    # no window may have read some
-        _clear(in_grad)
+    # no window has read some of them: the first of the sums clears the rest
+    clear = K < S or (out_height - 1) * S + K < height + P or (out_width - 1) * S + K < width + P
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
     x = planes
@@ -907,7 +913,10 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
             reads[t] = (c * rows + frame + more - u) * columns + frame + right - v
             picks[t] = (c * in_channels * K + u * S + d) * K + v * S + e
         _correlate(x, out_channels * rows * columns, columns, reads, typed, K * K, picks, nothing, numbers, batch,
-                   in_channels * height * width, a * width + b, height * width, S * width, S, high, broad)
+                   in_channels * height * width, a * width + b, height * width, S * width, S, high, broad, clear)
+        clear = False
+    if clear:    # no window has read any
+        _fill(numbers, 0.0)
     return in_grad
 
 

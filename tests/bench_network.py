@@ -112,9 +112,8 @@ def window_table(repeats, end='', channels=128, side=56):
         works[K, S, 'backward'] = lambda layer=layer, out_grad=out_grad: layer.backward(out_grad)
         operations[K, S] = out_grad.size * channels * K * K / 1e3
     say('other windows and strides')
-    in_turns(works, 1)
     each = {key: 1e9 * np.median(times) / operations[key[:2]]
-            for key, times in in_turns(works, 5 * repeats).items()}    # they take milliseconds
+            for key, times in in_turns(works, 5 * repeats, warm=True).items()}    # they take milliseconds
     lines = ['%-15s %9s %9s   %9s %9s%s' % ('ns / 1000 MACs', 'forward', 'to 3, 1', 'backward', 'to 3, 1', end)]
     for K, S in WINDOWS:
         cells = ['K = %d, S = %d' % (K, S)]
@@ -220,8 +219,9 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
     `end` is put behind their names.  all_rows: beside the textbook and one thread, too.  How much a second one helps
     depends on the machine: torch is set beside its own one thread as well, and two processes at once, where there is a
     neighbour that can be `busy`, beside one of them that does the work of both.  The sums that our passes print are
-    numpy's, on one thread either way, so there is a row without them.  The textbook's passes take a hundred times as
-    long and are not repeated as often.
+    numpy's, on one thread either way, so there is a row without them; the textbook's loops print nothing, so their row
+    is without them, too, and one with them follows.  The textbook's passes take a hundred times as long and are not
+    repeated as often.
 
     One core may be slower than another, by nature or because somebody else's work shares it, and the operating system
     leaves one thread where it is.  Two threads have both: one is sent to each of them in turn, round by round.
@@ -242,9 +242,10 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
         y64, g64 = through(float64, x64), torch.from_numpy(out_grad).double()
         works['torch forward'] = lambda: through(float32, torch.from_numpy(x))
         works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
-    if get_num_threads() > 1 and all_rows:
+    if all_rows:
         works['bare forward'] = lambda: through([layer.forward for layer in layers], x)
         works['bare backward'] = lambda: through([layer.backward for layer in reversed(layers)], out_grad)
+    if get_num_threads() > 1 and all_rows:
         for name, work in list(works.items()):
             theirs = (torch.get_num_threads, torch.set_num_threads) if name.startswith('torch') else ()
             works[name + ' 1'] = on_first(cores, on_one_thread(work, *theirs))
@@ -271,7 +272,8 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
         seconds = np.add(times[name + 'forward' + some], times[name + 'backward' + some])
         return of_average_speed(seconds, len(cores)) if some else seconds
 
-    lines.append(row('textbook / ours, forward and backward' + end, plain, both_of('')))
+    lines += [row('textbook / ours, without prints' + end, plain, both_of('bare ')),
+              row('textbook / ours, with prints' + end, plain, both_of(''))]
     for whose, name in (('both passes', ''), ('without prints', 'bare '), ("torch's passes", 'torch ')):
         if name + 'forward 1' in times:
             one, many = both_of(name, ' 1'), both_of(name)

@@ -188,7 +188,8 @@ def test_layer_table_has_a_row_for_every_layer_and_their_sum():
 
 
 def test_window_table_divides_seconds_by_multiply_adds(monkeypatch):
-    def a_microsecond_each(works, repeats):
+    def a_microsecond_each(works, repeats, warm):
+        assert warm
         for work in works.values():
             work()
         return {key: [1e-6] for key in works}
@@ -236,7 +237,8 @@ def test_passes_without_prints_are_all_layers_on_as_many_threads(capsys, monkeyp
 
     monkeypatch.setattr(bench_network, 'in_turns', in_turns)
     rows = [line.split(None, 1) for line in bench_network.passes(model, x, 1).splitlines()]
-    assert [row[0] for row in rows[1:]] == ['5.00', '3.00'] and 'without prints' in rows[2][1]
+    assert [row[0] for row in rows] == ['17.50', '35.00', '5.00', '3.00']
+    assert ['without prints' in row[1] for row in rows] == [True, False, False, True]
     assert threads == [many, many, 1, 1] and capsys.readouterr().out == ''
 
 
@@ -261,7 +263,7 @@ def test_passes_compare_one_thread_with_many_of_the_same_side(monkeypatch):
     monkeypatch.setattr(bench_network, 'textbook_passes', lambda *arguments: (None, None, 70.0))
     lines = bench_network.passes(Small(), np.ones((1, 3, 8, 8), np.float32), 1).splitlines()
     ratios = [line.split()[0] for line in lines]
-    assert ratios == ['0.30', '0.20', '10.00', '2.00', '2.75', '2.50'] and lines[-1].split('/')[1].startswith(
+    assert ratios == ['0.30', '0.20', '17.50', '10.00', '2.00', '2.75', '2.50'] and lines[-1].split('/')[1].startswith(
         " %d threads, torch's passes" % bench.get_num_threads())
     assert threads == [before, 1] and torch.get_num_threads() == before
 
@@ -294,7 +296,7 @@ def test_passes_send_one_thread_to_each_core_in_turn(monkeypatch):
         turns = [{cores[turn % len(cores)]} for turn in range(bench_network.ROUNDS)]
         assert places == (turns if '1' in name else [EVERYWHERE] * bench_network.ROUNDS)
     if len(cores) == 2:
-        assert lines[1].split()[0] == '1.50'    # a core that takes 3 seconds and one that takes 1: 4 passes in 6
+        assert lines[2].split()[0] == '1.50'    # a core that takes 3 seconds and one that takes 1: 4 passes in 6
     with pytest.raises(ZeroDivisionError):
         bench_network.on_first(cores, lambda: 1 / 0)()
     assert os.sched_getaffinity(0) == EVERYWHERE

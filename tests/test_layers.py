@@ -143,6 +143,19 @@ def test_pixels_that_no_window_reads_have_no_gradient(kernel_size, stride):
     np.testing.assert_array_equal(in_grad, expected)
 
 
+@backward_stage
+@pytest.mark.parametrize('height, width, kernel_size, stride, padding', [
+    (6, 1500, 1, 3, 2), (6, 1500, 2, 3, 0), (9, 8, 3, 5, 1),    # rows longer than a piece; the last ones unread
+    (1, 1, 1, 7, 5), (2, 3, 2, 9, 4)])                          # all windows in the padding
+def test_pixels_between_windows_and_past_the_last_have_no_gradient(height, width, kernel_size, stride, padding):
+    layer, P = ConvolutionLayer(2, 3, kernel_size, padding, stride), padding
+    out_grad = numbers(*layer.forward(numbers(2, 2, height, width)).shape, seed=1)
+    expected = textbook.conv_back(out_grad, np.zeros((2, 2, height + 2 * P, width + 2 * P)), layer.weight, kernel_size,
+                                  stride)[:, :, P:P + height, P:P + width]
+    np.full(expected.shape, np.nan)    # as above
+    np.testing.assert_array_equal(layer.backward(out_grad), expected)
+
+
 @forward_stage
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('case', MANY_CHANNELS)
