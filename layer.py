@@ -37,6 +37,7 @@ ROW = 4 * TILES + 16    # numbers of a row of tiles, with its frame, at most
 MANY = 2**16         # windows of a weight: where it has more, each thread spreads those of the channels that it takes
 OWN = 32             # so many output channels at a time
 PART = 256           # and input channels, at most: a multiple of eight, see _add_eights
+SHARE = 16           # output channels of a part of a step, where threads share each step
 LANES = 512          # partial sums of a dot product
 ASIDE = LANES + 16   # between those of two dot products: again no power of two
 COLUMNS = 16384      # of a fully connected layer's input gradient that one job covers, at most
@@ -583,12 +584,12 @@ def _winograd_by(tile, back, inputs_of, factors, outputs_of):
         job, jobs = _next_job(taken, job), len(taken)
         if job < 0:
             return
-        planes, height, width, frame, channels, across, side, line, pitch = sizes
-        zero, own, products, numbers = np.int64(0), np.int64(OWN), side * side, np.int64(SIDE * ROW)
+        planes, height, width, frame, channels, across, side, line, pitch, own = sizes
+        zero, products, numbers = np.int64(0), side * side, np.int64(SIDE * ROW)
         a, b = np.empty(numbers, dtype=x.dtype), _aligned(np.empty(numbers + 16, dtype=np.float64))
         windows = np.empty(np.int64(9 * OWN * PART), dtype=weight.dtype)
         acc = _aligned(np.empty(np.int64(2 * GROUP * PITCH + 16), dtype=out.dtype))
-        channel, blocks = np.int64(1) if back else pitch, (mine + OWN - 1) // OWN
+        channel, blocks = np.int64(1) if back else pitch, (mine + own - 1) // own
         rows, part = (mine + GROUP - 1) // GROUP * GROUP, planes if step == MULTIPLY else np.int64(PART)
         if step == ALL:    # nobody else needs what lies between the steps
             rows, packed = own, _aligned(np.empty(side * SHEET + 16, dtype=out.dtype))
@@ -599,7 +600,7 @@ def _winograd_by(tile, back, inputs_of, factors, outputs_of):
                     spread_plane(a, b, u - blocks, x, n * planes, height, width, frame, first, length, across, side,
                                  line, v)
                     continue
-                q, c = u // blocks, u % blocks * OWN    # the first product and channel of this part
+                q, c = u // blocks, u % blocks * own    # the first product and channel of this part
                 last, some = q + 1 if step == MULTIPLY else products, min(own, mine - c)
                 o = zero if step == ALL else c    # where these channels begin in packed and in m
                 for k in range(0, planes, part):
@@ -625,7 +626,7 @@ def _winograd_by(tile, back, inputs_of, factors, outputs_of):
     def share(step, begin, end, sizes, n, first, length, top, mine, x, weight, bias, v, packed, reads, picks, m, out):
         """The parts begin to end of a step, in jobs that threads share, for `length` tiles of image n from `first` on.
 
-        A part is OWN of the `mine` output channels from `top` on; to MULTIPLY, one product of these.  In SPREAD, the
+        A part is some of the `mine` output channels from `top` on; to MULTIPLY, one product of these.  In SPREAD, the
         planes of the inputs come behind: short parts in the end, as whoever is done then waits.  ALL: the three steps
         one after the other.
         """
@@ -655,7 +656,8 @@ def _winograd_by(tile, back, inputs_of, factors, outputs_of):
             pitch = np.int64(OWN) if back else min(planes, PART)
         else:
             pitch = _whole_vectors(block, out) + 8 if back else planes + 4
-        sizes = planes, height, width, frame, channels, across, side, line, pitch
+        own = np.int64(OWN if many else SHARE)    # channels of a part
+        sizes = planes, height, width, frame, channels, across, side, line, pitch, own
         shared = zero if many else products    # else each thread has room of its own
         packed = _aligned(np.empty(shared * SHEET + 16, dtype=out.dtype))
         m = _aligned(np.empty(shared * (block + GROUP) * line + 16, dtype=out.dtype))
@@ -668,7 +670,7 @@ def _winograd_by(tile, back, inputs_of, factors, outputs_of):
             length = min(line, tiles - first)
             for top in range(0, channels, block):
                 mine = min(block, channels - top)
-                blocks = (mine + OWN - 1) // OWN
+                blocks = (mine + own - 1) // own
                 for k in range(2 if many else 3):
                     step = ALL if many and k == 1 else SPREAD << k
                     begin, end = zero, blocks * (products if step == MULTIPLY else one)

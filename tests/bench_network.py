@@ -135,7 +135,11 @@ def row(what, mine, other):
 
 
 def to_and_fro(network, ready, busy):
-    """Go through the layers of network() and back on one thread, without prints, as long as busy is set."""
+    """Go through the layers of network() and back on one thread, without prints, as long as busy is set.
+
+    Ends where the process that started it has gone: stopped from outside, that one may not have ended this one.
+    """
+    parent = os.getppid()
     set_num_threads(1)
     memory.keep_what_is_freed()
     model, x = network()
@@ -151,10 +155,17 @@ def to_and_fro(network, ready, busy):
             wait()
             y = layer.backward(y)
 
+    def told():
+        there = False
+        while not there:
+            there = busy.wait(1)
+            if os.getppid() != parent:
+                sys.exit()
+
     once(lambda: None)    # what has to be compiled is, then
     ready.set()
     while True:
-        once(busy.wait)
+        once(told)
 
 
 @contextlib.contextmanager

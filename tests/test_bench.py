@@ -3,8 +3,10 @@ import collections
 import functools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -345,6 +347,28 @@ def test_the_neighbour_works_on_one_thread_while_it_is_told_to(tmp_path):
     noted = path.read_text()
     time.sleep(0.2)
     assert path.read_text() == noted    # it is gone
+
+
+@pytest.mark.parametrize('busy', ['set', 'clear'])
+def test_the_neighbour_ends_with_a_bench_that_is_killed(tmp_path, busy):
+    words = textwrap.dedent("""
+        import functools, os, sys, time
+        sys.path.insert(0, %r)
+        import bench_network, test_bench
+        with bench_network.neighbour(functools.partial(test_bench.noting_network, %r)) as busy:
+            busy.%s()
+            other, = bench_network.multiprocessing.active_children()
+            print(other.pid, flush=True)
+            time.sleep(60)
+        """) % (os.path.dirname(os.path.abspath(__file__)), str(tmp_path / 'notes'), busy)
+    killed = subprocess.Popen([sys.executable, '-c', words], stdout=subprocess.PIPE)
+    other = int(killed.stdout.readline())
+    killed.kill()
+    try:
+        killed.communicate(timeout=30)    # until nobody has its end of the pipe any more
+    except subprocess.TimeoutExpired:
+        os.kill(other, signal.SIGKILL)
+        pytest.fail('it is still there')
 
 
 def test_without_a_neighbour_the_rows_go_on(capfd):
