@@ -302,10 +302,10 @@ def _aligned(numbers):
 
 @inner
 def _clear_around(plane, wide, step, place, h, height, begin, end, width):
-    """Zeros where row h's numbers from begin to end will be put, `step` apart, and from there to the next ones.
+    """Zeros in that part of a plane which belongs to the numbers of row h from begin to end.
 
-    The place of the first number of all is where that is in the plane, which has rows of `wide`; there are height *
-    width of them, and the outermost have all that is left of the plane.
+    height * width numbers will be put into the plane, whose rows have `wide`: the first at `place`, the others `step`
+    apart, down and across.  To each belongs what lies between it and the next ones, to the outermost what is left.
     """
     a, b = place // wide, place % wide
     top, bottom = h * step + a if h > 0 else 0, (h + 1) * step + a if h + 1 < height else len(plane) // wide
