@@ -368,7 +368,7 @@ def _correlate(x, image, row, reads, weight, channel, picks, bias, out, images, 
             = bias[c] + sum over taps t of weight[c * channel + picks[t]] * x[n * image + reads[t] + h * row + w]
 
     A tap is one term of the formula's triple sum: which number of the planes it reads, and which weight it picks.  The
-    rest of a plane of out is left as it is, or cleared, where its down // across columns and rows are all of it.
+    rest of a plane of out is left as it is, or made zeros if `clear` says so: a plane's rows have down // across then.
 
     Planes are taken as one long line of numbers, `row` of them a row: a step to the next position is then a
     step of one everywhere, and a plane of 14x14 runs as smoothly as one of 224x224.  The positions between the
@@ -687,7 +687,7 @@ def _row_of_weights(factors):
     """A step that makes what the products of one row take of the weights, for `length` windows.
 
     The weights are first added up down their columns, by the row's own factors u, v and w, then across by all factors.
-    Number (i, j) of window p is x[start + (3 * i + j) * apart + p].
+    Number (i, j) of window p is x[start + (3 * i + j) * apart + p]; product j takes y[to + j * SHEET + p] of it.
     """
     (a1, b1, c1), (a2, b2, c2), (a3, b3, c3), (a4, b4, c4) = factors[1:5]
     six = len(factors) == 6
@@ -889,7 +889,7 @@ def _gradient_of_inputs(out_grad, in_grad, weight, kernel_size, stride, padding)
     planes, weights = np.ascontiguousarray(out_grad).reshape(-1), np.ascontiguousarray(weight).reshape(-1)
     nothing, one = np.zeros(in_channels, dtype=in_grad.dtype), np.int64(1)
     numbers = in_grad.reshape(-1)
-    # no window has read some of them: the first of the sums clears the rest
+    # whether no window has read some of the inputs: then the first of the sums that follow clears the rest
     clear = K < S or (out_height - 1) * S + K < height + P or (out_width - 1) * S + K < width + P
     frame = (K - 1) // S
     rows, columns = out_height + 2 * frame, out_width + 2 * frame
