@@ -26,6 +26,10 @@ from vgg import VGG16, _count
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(HERE)
 ROUNDS = 10    # of whole passes in each repeat: one of them may take half as long again as the one before
+# and what each of them goes through: how fast the cores are changes within seconds, so what is compared is close by
+ORDER = ('forward 1', 'backward 1', 'forward', 'backward', 'torch forward', 'torch backward', 'torch forward 1',
+         'torch backward 1', 'bare forward', 'bare backward', 'bare forward 1', 'bare backward 1',
+         'bare forward 1 beside', 'bare backward 1 beside')
 
 
 def say(text):
@@ -130,8 +134,12 @@ def spread(times):
 
 
 def row(what, mine, other):
-    """A line of text: how many times the other's seconds the first one takes, and both with their extremes."""
-    return '%7.2f  %-52s %s  /  %s' % (np.median(mine) / np.median(other), what, spread(mine), spread(other))
+    """A line of text: how many times the other's seconds the first one takes, and both with their extremes.
+
+    Each number of one is set beside the other's of the same round, and the median of these ratios counts: a slow half
+    minute of the machine that only one side's median moved to would be no property of the work.
+    """
+    return '%7.2f  %-52s %s  /  %s' % (np.median(np.divide(mine, other)), what, spread(mine), spread(other))
 
 
 def to_and_fro(network, ready, busy):
@@ -218,7 +226,7 @@ def on_first(cores, work):
 
 
 def of_average_speed(times, count):
-    """Seconds that a core of average speed takes, one number for each `count` of rounds, each on another core."""
+    """Seconds at the average speed of `count` rounds, each on another core where one thread works; and so on."""
     count = max(1, min(count, len(times)))
     turns = np.reshape(times[:len(times) // count * count], (-1, count))
     return count / (1 / turns).sum(axis=1)
@@ -263,11 +271,12 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
         if busy is not None:
             for way in ('forward', 'backward'):
                 works['bare %s 1 beside' % way] = while_busy(works['bare %s 1' % way], busy)
+    works = {name: works[name] for name in sorted(works, key=ORDER.index)}
     plain, times, lines = [], {name: [] for name in works}, []
     for _ in range(repeats):
         if all_rows:
             say('the textbook: a minute or two')
-            plain.append(textbook_passes(model, x, out_grad)[2])
+            plain += ROUNDS * [textbook_passes(model, x, out_grad)[2]]    # beside each of the rounds that follow
         say('whole passes')
         for _ in range(ROUNDS):
             for name, seconds in in_turns(works, 1, warm=True).items():
@@ -280,18 +289,20 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
         return '\n'.join(lines)
 
     def both_of(name, some=''):
-        seconds = np.add(times[name + 'forward' + some], times[name + 'backward' + some])
-        return of_average_speed(seconds, len(cores)) if some else seconds
+        return np.add(times[name + 'forward' + some], times[name + 'backward' + some])
+
+    def on_all_cores(name, some=''):
+        return of_average_speed(both_of(name, some), len(cores))
 
     lines += [row('textbook / ours, without prints' + end, plain, both_of('bare ')),
               row('textbook / ours, with prints' + end, plain, both_of(''))]
     for whose, name in (('both passes', ''), ('without prints', 'bare '), ("torch's passes", 'torch ')):
         if name + 'forward 1' in times:
-            one, many = both_of(name, ' 1'), both_of(name)
-            lines.append(row('one thread / %d threads, %s%s' % (get_num_threads(), whose, end), one, many))
+            lines.append(row('one thread / %d threads, %s%s' % (get_num_threads(), whose, end),
+                             on_all_cores(name, ' 1'), on_all_cores(name)))
     if 'bare forward 1 beside' in times:
-        lines.append(row('one process twice / two at once' + end, 2 * both_of('bare ', ' 1'),
-                         both_of('bare ', ' 1 beside')))
+        lines.append(row('one process twice / two at once' + end, 2 * on_all_cores('bare ', ' 1'),
+                         on_all_cores('bare ', ' 1 beside')))
     return '\n'.join(lines)
 
 
