@@ -60,10 +60,17 @@ def twin(model, dtype):
                     for name, layer in model.graph_layers.items() if hasattr(layer, 'weight_shape')})
 
 
+def spread(times, unit=' s'):
+    return '%8.3f%s [%.3f .. %.3f]' % (np.median(times), unit, min(times), max(times))
+
+
 # ------------------------------------------------------------------------------------------- layer by layer
 
 def layer_table(model, x, repeats):
-    """Lines of text: milliseconds of every layer, forward and backward, and what torch takes."""
+    """Lines of text: milliseconds of every layer, forward and then backward, and what torch takes.
+
+    Medians with minimum and maximum, and the median of the rounds' ratios.
+    """
     layers = model.graph_layers
     outputs, out_grad = {}, np.ones((1, 4))
     for name, layer in layers.items():
@@ -79,21 +86,20 @@ def layer_table(model, x, repeats):
             y64, g64 = float64[name](x64), torch.from_numpy(np.ascontiguousarray(out_grad)).double()
             works['torch forward'] = lambda: float32[name](x32)
             works['torch backward'] = lambda: torch.autograd.grad(y64, x64, g64, retain_graph=True)
-        times[name] = {key: 1e3 * np.median(value) for key, value in in_turns(works, repeats, warm=True).items()}
+        times[name] = {key: 1e3 * np.array(value) for key, value in in_turns(works, 5 * repeats, warm=True).items()}
         out_grad = layer.backward(out_grad)
 
-    lines = ['%-15s %9s %9s %7s   %9s %9s %7s' % ('milliseconds', 'forward', 'torch', 'ratio', 'backward', 'torch',
-                                                'ratio')]
     rows = [(name, times[name]) for name in layers]
     rows.append(('all', {key: sum(row[key] for _, row in rows) for key in rows[0][1]}))
-    for name, row in rows:
-        cells = []
-        for key in ('forward', 'backward'):
-            other = row.get('torch ' + key)
-            cells += ['%.3f' % row[key], '%.3f' % other, '%.2f' % (row[key] / other)] if other else [
-                '%.3f' % row[key], '', '']
-        lines.append(('%-15s %9s %9s %7s   %9s %9s %7s' % ((name,) + tuple(cells))).rstrip())
-    return '\n'.join(lines)
+    lines = []
+    for way in ('forward', 'backward'):
+        cells = [('milliseconds', ' ' + way, ' torch' if torch else '', ' ratio' if torch else '')]
+        for name, row in rows:
+            mine, other = row[way], row.get('torch ' + way)
+            cells.append((name, spread(mine, ''), spread(other, '') if torch else '',
+                          '%6.2f' % np.median(mine / other) if torch else ''))
+        lines += [('%-15s %-30s %-30s %s' % some).rstrip() for some in cells] + ['']
+    return '\n'.join(lines[:-1])
 
 
 # -------------------------------------------------------------------------------- other windows and strides
@@ -128,10 +134,6 @@ def window_table(repeats, end='', channels=128, side=56):
 
 
 # ---------------------------------------------------------------------------------- the rows of whole passes
-
-def spread(times):
-    return '%8.3f s [%.3f .. %.3f]' % (np.median(times), min(times), max(times))
-
 
 def row(what, mine, other):
     """A line of text: how many times the other's seconds the first one takes, and both with their extremes.

@@ -180,13 +180,26 @@ class Small(object):
         return grad
 
 
-def test_layer_table_has_a_row_for_every_layer_and_their_sum():
-    x = np.ones((1, 3, 8, 8), np.float32)
-    rows = [line.split() for line in bench_network.layer_table(Small(), x, 2).splitlines()[1:]]
-    assert [row[0] for row in rows] == list(Small().graph_layers) + ['all']
-    step = 3 if bench.torch else 1
-    for column in (1, 1 + step):
-        assert abs(sum(float(row[column]) for row in rows[:-1]) - float(rows[-1][column])) < 0.005
+def test_layer_table_has_a_row_for_every_layer_and_their_sum(monkeypatch):
+    seconds = iter(range(1, 10**6))
+
+    def in_turns(works, repeats, warm):
+        assert (repeats, warm) == (10, True)
+        for work in works.values():
+            work()
+        return {name: [1e-3 * next(seconds) * (1 + ('torch' in name)) for _ in range(3)] for name in works}
+
+    monkeypatch.setattr(bench_network, 'in_turns', in_turns)
+    table = bench_network.layer_table(Small(), np.ones((1, 3, 8, 8), np.float32), 2)
+    for way, lines in zip(('forward', 'backward'), table.split('\n\n')):
+        head, *rows = [line.replace('[', ' ').replace('..', ' ').replace(']', ' ').split() for line in lines.split('\n')]
+        assert head == ['milliseconds', way] + ['torch', 'ratio'] * bool(bench.torch)
+        assert [row[0] for row in rows] == list(Small().graph_layers) + ['all']
+        numbers = np.array([row[1:] for row in rows], float)
+        np.testing.assert_array_equal(numbers[:-1, 1:3] - numbers[:-1, :1], len(rows[:-1]) * [[-1, 1]])
+        np.testing.assert_allclose(numbers[:-1, :6].sum(axis=0), numbers[-1, :6])    # the last: of whole rounds
+        if bench.torch:
+            np.testing.assert_allclose(numbers[:, 6], numbers[:, 0] / numbers[:, 3], atol=0.005)
 
 
 def test_window_table_divides_seconds_by_multiply_adds(monkeypatch):
