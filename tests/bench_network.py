@@ -228,7 +228,7 @@ def on_first(cores, work):
 
 
 def of_average_speed(times, count):
-    """Seconds at the average speed of `count` rounds, each on another core where one thread works; and so on."""
+    """Seconds at the average speed of each `count` rounds; one thread has been on all of so many cores then."""
     count = max(1, min(count, len(times)))
     turns = np.reshape(times[:len(times) // count * count], (-1, count))
     return count / (1 / turns).sum(axis=1)
