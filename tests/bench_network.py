@@ -245,7 +245,8 @@ def passes(model, x, repeats, end='', all_rows=True, busy=None):
     repeated as often.
 
     One core may be slower than another, by nature or because somebody else's work shares it, and the operating system
-    leaves one thread where it is.  Two threads have both: one is sent to each of them in turn, round by round.
+    leaves one thread where it is.  Two threads have both: one is sent to each of them in turn, round by round, and set
+    beside what the others took in the same rounds.
     """
     out_grad, layers = np.ones((1, 4)), list(model.graph_layers.values())
     cores = collections.deque(sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ())
