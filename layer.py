@@ -67,8 +67,7 @@ def inner(function=None, parallel=False, of='', disjoint=False):
     """Compile for loops that only other compiled loops call: without an entry for Python, and kept with the caller.
 
     Most long loops over prange do no more than call one of these: numba goes over all that stands in such a loop again
-    and again, and compiles a function of its own sooner.  _pool and _fully_connect keep what they do in the loop, as
-    numba 0.56 makes slower machine code of it elsewhere.
+    and again, and compiles a function of its own sooner.
 
     `of` tells the functions apart that one def makes: their machine code, read from the disk, goes by the def's name.
     `disjoint` promises that no array of the function shares memory with one that it writes (in C: restrict).  Else each
@@ -336,7 +335,8 @@ def _correlate_piece(acc, first, band, g, x, start, row, reads, furthest, weight
             if clear and begin < end:
                 _clear_around(out[corner:corner + plane], down // across, across, to, h, height, begin, end, width)
             if across == 1:
-                _copy(out, line + begin, acc, shift + begin, 1, end - begin)
+                one = np.int64(1)    # for a plain 1 numba would compile _copy once more
+                _copy(out, line + begin, acc, shift + begin, one, end - begin)
             else:
                 _scatter(out, line + begin * across, across, acc, shift + begin, end - begin)
 
@@ -938,6 +938,23 @@ def _take_larger(best, index, numbers, candidate):
         index[w] = candidate if wins else index[w]
 
 
+@inner
+def _pool_plane(outputs, inputs, argidx, width, out_width, kernel_size, stride):
+    """One plane of _pool, as a list of numbers: some rows of windows at a time, one (i, j) after another."""
+    out_height, some = len(outputs) // out_width, max(1, 512 // out_width)    # short rows one by one would take longer
+    numbers = np.empty(some * out_width, dtype=inputs.dtype)
+    for first in range(0, out_height, some):
+        last = min(out_height, first + some)
+        best, index = outputs[first * out_width:last * out_width], argidx[first * out_width:last * out_width]
+        _fill(best, -np.inf)
+        _fill(index, 0.0)
+        for i in range(kernel_size):
+            for j in range(kernel_size):
+                for h in range(first, last):
+                    _copy(numbers, (h - first) * out_width, inputs, (h * stride + i) * width + j, stride, out_width)
+                _take_larger(best, index, numbers, np.int32(i * kernel_size + j))
+
+
 @inner(disjoint=True)
 def _add_at_maxima(in_grad, first, step, places, out_grad, argidx, start, length):
     """in_grad[first + w * step + places[argidx[start + w]]] += out_grad[start + w] for w < length."""
@@ -1004,31 +1021,36 @@ def _add_one_row(out, to, length, rows, r, a):
         out[to + i] = out[to + i] + a * rows[r + i]
 
 
+@inner
+def _connect_rows(first, batch, features, rows, x, w, bias, y):
+    """Outputs of _fully_connect from four rows of the weight, `first` on.  Past the last row, that one once more."""
+    a, b, c, d = first, min(first + 1, rows - 1), min(first + 2, rows - 1), min(first + 3, rows - 1)
+    acc = np.empty(np.int64(4 * ASIDE), dtype=y.dtype)
+    for n in range(batch):
+        _fill(acc, 0.0)
+        for i in range(0, features, LANES):
+            _add_products(acc, min(LANES, features - i), x, n * features + i, w, a * features + i, b * features + i,
+                          c * features + i, d * features + i)
+        for o in range(first, d + 1):
+            sums, half = acc[(o - first) * ASIDE:], LANES // 2
+            while half > 0:
+                _add(sums[:half], sums[half:])
+                half //= 2
+            y[n * rows + o] = sums[0] + bias[o]
+
+
 @kernel(parallel=True)
 def _fully_connect(inputs, outputs, weight, bias):
     """outputs[n, o] = bias[o] + sum over i of weight[o, i] * inputs[n, i].
 
     LANES partial sums run side by side, as no processor adds fast to one number; in the end they are folded in
-    halves.  Always the same sums in the same tree.  A job takes four rows of the weight; past the last, again that one.
+    halves.  Always the same sums in the same tree.  A job takes four rows of the weight.
     """
     batch, features = inputs.shape
     rows = outputs.shape[1]
-    x, w = inputs.reshape(-1), weight.reshape(-1)
+    x, w, y = inputs.reshape(-1), weight.reshape(-1), outputs.reshape(-1)
     for job in prange((rows + 3) // 4):
-        first = np.int64(job) * 4
-        a, b, c, d = first, min(first + 1, rows - 1), min(first + 2, rows - 1), min(first + 3, rows - 1)
-        acc = np.empty(4 * ASIDE, dtype=outputs.dtype)
-        for n in range(batch):
-            _fill(acc, 0.0)
-            for i in range(0, features, LANES):
-                _add_products(acc, min(LANES, features - i), x, n * features + i, w, a * features + i,
-                              b * features + i, c * features + i, d * features + i)
-            for o in range(first, d + 1):
-                sums, half = acc[(o - first) * ASIDE:], LANES // 2
-                while half > 0:
-                    _add(sums[:half], sums[half:])
-                    half //= 2
-                outputs[n, o] = sums[0] + bias[o]
+        _connect_rows(np.int64(job) * 4, batch, features, rows, x, w, bias, y)
 
 
 @inner
@@ -1431,23 +1453,15 @@ class MaxPoolLayer(object):
     @staticmethod
     @kernel(parallel=True)
     def _pool(outputs, inputs, argidx, kernel_size, stride):
-        """Fill outputs and argidx and return both: some rows of windows at a time, one (i, j) after another."""
+        """Fill outputs and argidx and return both."""
         batch, channels, out_height, out_width = outputs.shape
-        some = max(1, 512 // out_width)    # short rows one by one would take longer
-        for plane in prange(batch * channels):
-            n, c = plane // channels, plane % channels
-            numbers = np.empty(some * out_width, dtype=inputs.dtype)
-            for first in range(0, out_height, some):
-                last = min(out_height, first + some)
-                best = outputs[n, c].reshape(-1)[first * out_width:last * out_width]
-                index = argidx[n, c].reshape(-1)[first * out_width:last * out_width]
-                _fill(best, -np.inf)
-                _fill(index, 0.0)
-                for i in range(kernel_size):
-                    for j in range(kernel_size):
-                        for h in range(first, last):
-                            _copy(numbers, (h - first) * out_width, inputs[n, c, h * stride + i], j, stride, out_width)
-                        _take_larger(best, index, numbers, np.int32(i * kernel_size + j))
+        height, width = inputs.shape[2:]
+        y, x, indices = outputs.reshape(-1), np.ascontiguousarray(inputs).reshape(-1), argidx.reshape(-1)
+        outs, size = out_height * out_width, height * width
+        for index in prange(batch * channels):
+            plane = np.int64(index)
+            _pool_plane(y[plane * outs:(plane + 1) * outs], x[plane * size:(plane + 1) * size],
+                        indices[plane * outs:(plane + 1) * outs], width, out_width, kernel_size, stride)
         return outputs, argidx
 
     @staticmethod

@@ -8,21 +8,30 @@ comes to it ten times.  `tests/bench.py --network` measures what a first run gai
 Here a function waits: it goes into its callers as it is, and to the optimiser and into machine code when numba asks
 for an address in it.  None of numba's own steps is changed, only when they are taken.
 
-Beside that numba lists its options tens of thousands of times: to see whether a call was compiled with the same ones,
-and to tell whoever measures its steps.  That is done with less ado (`values`, and no `pformat`).
+Beside that numba does some things over and over, which are done with less ado:
+
+* it lists its options tens of thousands of times, to see whether a call was compiled with the same ones, and to tell
+  whoever measures its steps (`values`, and no `pformat`);
+* it looks for the type of every a + b by trying all kinds of + that it has, for each of them that it comes to and in
+  every round of its inference (`get_call_type`);
+* it works out after each of its steps from where to where a variable is in use, and reads it in the last ones only
+  (`run`).
 """
 import numba
 
 TRIED = (0, 56), (0, 68)    # first and last version; others compile in their own way
 
 try:
-    from numba.core import compiler_machinery
+    from numba.core import compiler_machinery, transforms
     from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
     from numba.core.environment import lookup_environment
+    from numba.core.postproc import PostProcessor, VariableLifetime
     from numba.core.registry import cpu_target
     from numba.core.runtime import rtsys
-    from numba.core.targetconfig import TargetConfig
-except ImportError:    # of another version
+    from numba.core.targetconfig import ConfigStack, TargetConfig
+    from numba.core.types.functions import BaseFunction
+    look_for_call_type, process_all = BaseFunction.get_call_type, PostProcessor.run    # numba's own
+except (AttributeError, ImportError):    # of another version
     JITCodeLibrary = JITCPUCodegen = object
 
 
@@ -86,6 +95,33 @@ def values(config):
     return dict(DEFAULTS[kind], **config._values)
 
 
+SIGNATURES = {}    # that get_call_type returned
+
+
+def get_call_type(function, context, args, kws):
+    """What BaseFunction.get_call_type returns: the signature of a function for arguments of these types.
+
+    It is looked for once under the same options, as numba itself keeps by these what it has compiled.
+    """
+    question = function, context, tuple(args), tuple(kws.items()), ConfigStack.top_or_none()
+    if question not in SIGNATURES:
+        SIGNATURES[question] = look_for_call_type(function, context, args, kws)
+    return SIGNATURES[question]
+
+
+def run(processor, emit_dels=False, extend_lifetimes=False):
+    """What PostProcessor.run does.  Of the variables' lifetimes the end is needed where it is to be put in, or by a
+    generator; else they wait until they are read.
+    """
+    function = processor.func_ir
+    if emit_dels or function.is_generator:
+        process_all(processor, emit_dels, extend_lifetimes)
+    else:
+        function.blocks = transforms.canonicalize_cfg(function.blocks)
+        function.variable_lifetime = VariableLifetime(function.blocks)
+        function.generator_info = None
+
+
 def compile_once():
     """Let numba do so from now on in this process.
 
@@ -102,6 +138,8 @@ def compile_once():
         if type(codegen) is JITCPUCodegen:
             codegen.__class__ = WaitingCodegen
             TargetConfig.values = values
+            BaseFunction.get_call_type = get_call_type
+            PostProcessor.run = run
             compiler_machinery.pformat = repr    # of older versions: nobody here reads it laid out in lines
         return isinstance(codegen, WaitingCodegen)
     except (AttributeError, NameError, TypeError):

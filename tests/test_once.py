@@ -1,17 +1,25 @@
 """Loops that are optimised once compute what numba by itself makes of them, and only what Python calls is finished."""
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
+from numba.core.errors import TypingError
 
 from file import once
+
+try:
+    from numba.core.targetconfig import ConfigStack
+except ImportError:    # of a version that stays as it is
+    pass
 
 pytestmark = pytest.mark.skipif(not once.compile_once(), reason='file/once.py leaves this version of numba as it is')
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONCE = 'from file.once import compile_once; assert compile_once()\n'
 
-# A function two calls deep that prints an array, for which it needs its environment, a loop of prange, an exception.
+# A function two calls deep that prints an array, for which it needs its environment, a loop of prange, a generator, an
+# exception.
 PROGRAM = '''
 import numpy as np
 from numba import prange
@@ -31,8 +39,15 @@ def next_of(x, k):
         more[i] = x[i] + 1
     return one_of(more, k)
 
+@inner
+def some_of(x, k):
+    for i in range(k):
+        yield x[i]
+
 @kernel
 def both(x, k):
+    for number in some_of(x, k):
+        print(number)
     return next_of(x, k) + one_of(x, k)
 
 def run():
@@ -42,7 +57,9 @@ def run():
     except ValueError as error:
         print(error)
 '''
-OUTPUT = '''number 2 of [1. 2. 3. 4.]
+OUTPUT = '''0.0
+1.0
+number 2 of [1. 2. 3. 4.]
 number 2 of [0. 1. 2. 3.]
 5.0
 number -1 of [1. 2. 3. 4.]
@@ -152,6 +169,99 @@ def test_the_options_are_those_that_numba_lists():
     for flags in (Flags(), some, some.copy()):
         assert flags.values() == once.values(flags) == {name: getattr(flags, name) for name in Flags.options}
     assert some == some.copy() != Flags() and hash(some) == hash(some.copy())
+
+
+def test_signatures_are_those_that_numba_finds():
+    import operator
+    from numba import types
+    from numba.core.registry import cpu_target
+    context = cpu_target.typing_context
+    context.refresh()
+    numbers = types.int64, types.uint64, types.float32, types.float64, types.boolean, types.literal(3)
+    array, unknown = types.Array(types.float32, 2, 'C'), types.unicode_type
+    questions = [(f, pair) for f in (operator.add, operator.mul, operator.floordiv, operator.lt)
+                 for pair in itertools.product(numbers, numbers)]
+    questions += [(min, pair) for pair in itertools.product(numbers[:4], numbers[:4])]
+    questions += [(operator.getitem, (array, index)) for index in numbers[:2] + (types.slice2_type, types.UniTuple(
+        types.int64, 2), types.Tuple((types.int64, types.slice3_type)), types.ellipsis)]
+    questions += [(operator.setitem, (array, types.UniTuple(types.int64, 2), number)) for number in numbers]
+    for name, arguments in questions:
+        function = context.resolve_value_type(name)
+        assert type(function).get_call_type is once.get_call_type
+        found = [once.get_call_type(function, context, arguments, {}) for _ in range(2)]
+        assert found[0] is found[1] and found[0] == once.look_for_call_type(function, context, arguments, {})
+        assert function.get_impl_key(found[0]) is not None
+    for _ in range(2):    # and what has none, has none
+        with pytest.raises(TypingError):
+            context.resolve_value_type(operator.add).get_call_type(context, (array, unknown), {})
+
+
+def test_a_signature_is_looked_for_once_under_the_same_options(monkeypatch):
+    from numba.core.compiler import Flags
+    asked = []
+
+    def look(function, context, args, kws):
+        asked.append((function, args, kws))
+        if args == ('none',):
+            raise TypingError('there is none')
+        return len(asked)
+
+    monkeypatch.setattr(once, 'look_for_call_type', look)
+    monkeypatch.setattr(once, 'SIGNATURES', {})
+    ask = once.get_call_type
+    for _ in range(2):
+        assert [ask('f', 'c', (1, 2), {}), ask('f', 'c', [1, 2], {}), ask('g', 'c', (1, 2), {}),
+                ask('f', 'd', (1, 2), {}), ask('f', 'c', (2, 1), {}), ask('f', 'c', (1,), {'b': 2}),
+                ask('f', 'c', (1,), {})] == [1, 1, 2, 3, 4, 5, 6]
+    flags = Flags()
+    with ConfigStack().enter(flags.copy()):
+        assert [ask('f', 'c', (1, 2), {}), ask('f', 'c', (1, 2), {})] == [7, 7]
+    flags.noalias = True
+    with ConfigStack().enter(flags.copy()):
+        assert ask('f', 'c', (1, 2), {}) == 8
+    for _ in range(2):
+        with pytest.raises(TypingError):
+            ask('f', 'c', ('none',), {})
+    assert len(asked) == 10
+
+
+def some_loops(x, n):
+    total, k = 0, 0
+    for i in range(n):
+        if x[i] > 0:
+            k, total = i, total + x[i]
+        else:
+            total -= k
+    while k > 0:
+        k //= 2
+    return total, k
+
+
+def some_numbers(n):
+    for i in range(n):
+        before = i
+        yield i
+        yield before + n
+
+
+@pytest.mark.parametrize('function', [some_loops, some_numbers])
+def test_lifetimes_are_those_that_numba_works_out(function):
+    from numba.core.compiler import run_frontend
+    from numba.core.postproc import PostProcessor
+    assert PostProcessor.run is once.run
+    waiting, whole = run_frontend(function), run_frontend(function)
+    once.process_all(PostProcessor(whole))
+    assert waiting.is_generator or not waiting.block_entry_vars and whole.block_entry_vars
+    assert list(waiting.blocks) == list(whole.blocks)
+    assert waiting.variable_lifetime.livemap == whole.variable_lifetime.livemap
+    assert waiting.variable_lifetime.deadmaps == whole.variable_lifetime.deadmaps
+    assert (waiting.generator_info is None) == (whole.generator_info is None) == (function is some_loops)
+    ends = []
+    for ir in waiting, whole:
+        PostProcessor(ir).run(emit_dels=True)
+        assert ir.block_entry_vars
+        ends.append([str(instruction) for block in ir.blocks.values() for instruction in block.body])
+    assert ends[0] == ends[1] and any(line.startswith('del ') for line in ends[0])
 
 
 @pytest.mark.parametrize('change', ['once.TRIED = (0, 1), (0, 2)', 'del once.cpu_target'])
