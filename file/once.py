@@ -110,8 +110,9 @@ def get_call_type(function, context, args, kws):
 
 
 def run(processor, emit_dels=False, extend_lifetimes=False):
-    """What PostProcessor.run does.  Of the variables' lifetimes the end is needed where it is to be put in, or by a
-    generator; else they wait until they are read.
+    """What PostProcessor.run does, but variables' lifetimes wait until they are read.
+
+    They do not where the end of each is to be put in, nor in a generator.
     """
     function = processor.func_ir
     if emit_dels or function.is_generator:
