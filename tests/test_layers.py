@@ -368,6 +368,16 @@ def test_pooling_is_the_formula(case, dtype):
     np.testing.assert_array_equal(layer.argidx, argidx)
 
 
+@forward_stage
+def test_static_pooling_takes_inputs_that_are_not_contiguous():
+    layer, inputs = pooling((2, 3, 7, 6, 3, 2))
+    expected = layer.forward(inputs)
+    outputs, argidx = MaxPoolLayer._pool(np.zeros_like(expected), np.asarray(inputs, order='F'),
+                                         np.zeros(expected.shape, np.int32), 3, 2)
+    np.testing.assert_array_equal(outputs, expected)
+    np.testing.assert_array_equal(argidx, layer.argidx)
+
+
 @backward_stage
 @pytest.mark.parametrize('case', POOLINGS)
 def test_pooling_gradient_is_the_formula(case):
