@@ -14,7 +14,7 @@ Beside that numba does some things over and over, which are done with less ado:
   whoever measures its steps (`values`, and no `pformat`);
 * it looks for the type of every a + b by trying all kinds of + that it has, for each of them that it comes to and in
   every round of its inference (`get_call_type`);
-* it works out after each of its steps from where to where a variable is in use, and reads it in the last ones only
+* it works out after each of its steps from where to where a variable is in use, and reads it after a few of them
   (`run`).
 """
 import numba
