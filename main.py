@@ -3,41 +3,37 @@
 Standard output is the lab's transcript and nothing else; hints and errors go to standard error.
 """
 import argparse
-import gc
 import os
-import signal
+import pickle
+import re
 import sys
+import tempfile
 import time
-
-
-def stop(*_):
-    """What Ctrl-C does while the imports below run; later it raises KeyboardInterrupt, which main catches."""
-    os.write(2, b'main.py: interrupted\n')
-    os._exit(130)
-
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, stop)
-    # Imports and numba's compiler make very many objects that stay: looking through all of them for cycles, again
-    # and again, took a twentieth of a first run.
-    gc.set_threshold(20000, 20, 1000)
+import traceback
 
 # OpenCV itself stops at a thousand million pixels, which would take 3 GB; a hundred million are enough for a flower.
 os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(100 * 1000 * 1000))
-import cv2                      # noqa: E402
-import numpy as np              # noqa: E402
+import cv2                 # noqa: E402
+import numpy as np         # noqa: E402
 
-from file import ahead, checkpoint, memory, once    # noqa: E402
-from loss import CrossEntropy   # noqa: E402
-from vgg import VGG16           # noqa: E402
+from vgg import VGG16      # noqa: E402
+try:
+    from loss import CrossEntropy
+except ImportError:
+    from layer import CrossEntropy    # where the course's older edition has it
 
+HERE = os.path.dirname(os.path.realpath(__file__))
+IMAGE = os.path.join(HERE, 'file', 'tulips_demo.jpg')
+CHECKPOINT = os.path.join(HERE, 'file', 'vgg16_ckpt.npy')
+PACKED = os.path.join(HERE, 'file', 'vgg16_flowers.npz')    # what this package makes a checkpoint of
 CLASSES = ('daisy', 'roses', 'sunflowers', 'tulips')
-IMAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'file', 'tulips_demo.jpg')
 
 
-class PictureError(Exception):
-    """A picture that cannot be read or written; the text says which file, what is wrong and what to do."""
+class InputError(Exception):
+    """Something given to the script that it cannot use; the text says what, what is wrong and what to do."""
 
+
+# ------------------------------------------------------------------------------------------------- pictures
 
 def resize_image(image, target_size):
     """Scale a picture so that it fits, and fill what is left at the bottom or on the right with grey 114.
@@ -69,50 +65,47 @@ def resize_image(image, target_size):
 
 
 def read_image(img_path):
-    """The picture in a file.
-
-    The file is read as bytes and then decoded: cv2.imread cannot open every path on every system.
-
-    Parameters
-    ----------
-    img_path : str
-
-    Returns
-    -------
-    ndarray (H, W, 3), uint8, RGB
-
-    Raises
-    ------
-    PictureError
-        For a file that cannot be read or is no picture.
-    """
+    """The picture in a file, as cv2.imread reads it: ndarray (H, W, 3), uint8, RGB; or InputError."""
     try:
-        with open(img_path, 'rb') as file:
-            content = np.frombuffer(file.read(), dtype=np.uint8)
-    except OSError as error:
-        raise PictureError('%s: cannot be read (%s): give the path of a JPEG or PNG file' % (img_path, error.strerror))
-    try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        if os.path.isfile(img_path):
+            open(img_path, 'rb').close()    # says why it cannot be opened; imread does not
+            image = cv2.imread(img_path, cv2.IMREAD_COLOR)
+        else:    # what comes through a pipe can be read once, and imread opens a file more than once
+            with open(img_path, 'rb') as pipe, tempfile.TemporaryDirectory() as folder:
+                copy = os.path.join(folder, 'picture')
+                with open(copy, 'wb') as file:
+                    file.write(pipe.read(1 << 29))    # /dev/zero never ends
+                image = cv2.imread(copy, cv2.IMREAD_COLOR)
+    except (OSError, ValueError) as error:
+        raise InputError('%s: cannot be read (%s): give the path of a JPEG or PNG file' % (
+            img_path, getattr(error, 'strerror', error)))
     except cv2.error:    # larger than OpenCV's own limits
         image = None
     if image is None:
-        raise PictureError('%s: is no picture that OpenCV can read, or a damaged or enormous one: '
-                           'save it as JPEG or PNG and try again' % img_path)
+        raise InputError('%s: is no picture that OpenCV can read, or a damaged or enormous one: '
+                         'save it as JPEG or PNG and try again' % img_path)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def to_tensor(image):
+def process_image(img_path):
     """The network's input made of a picture, handbook 2.5.1.
 
     Parameters
     ----------
-    image : ndarray (H, W, 3), uint8, RGB
+    img_path : str or ndarray
+        A file, or what `read_image` found in it.
 
     Returns
     -------
     ndarray (1, 3, 224, 224), float32
         (image - mean) / std of each channel.
+
+    Raises
+    ------
+    InputError
+        For a file that cannot be read or is no picture.
     """
+    image = img_path if isinstance(img_path, np.ndarray) else read_image(img_path)
     image = resize_image(image, (224, 224))
     image = np.array(image, dtype=np.float32)
     image -= [125.307, 122.961, 113.8575]
@@ -120,23 +113,217 @@ def to_tensor(image):
     return image.transpose((2, 0, 1))[None]
 
 
-def process_image(img_path):
-    """The network's input made of a picture file, handbook 2.5.1.
+# ---------------------------------------------------------------------------------------------- checkpoints
+# np.save pickles a dict {layer: {'weight': ..., 'bias': ...}}, and a pickle can run any program when it is loaded.
+# So the few names that arrays and dicts need are answered by what stands here, and all others are refused.  numpy's
+# own ndarray and dtype would do more than hold numbers: told so, they take the bytes of a file for Python objects.
+
+SHAPES = {    # of the weights; a bias has the first number
+    'layer1_conv1': (64, 3, 3, 3), 'layer1_conv2': (64, 64, 3, 3),
+    'layer2_conv1': (128, 64, 3, 3), 'layer2_conv2': (128, 128, 3, 3),
+    'layer3_conv1': (256, 128, 3, 3), 'layer3_conv2': (256, 256, 3, 3), 'layer3_conv3': (256, 256, 3, 3),
+    'layer4_conv1': (512, 256, 3, 3), 'layer4_conv2': (512, 512, 3, 3), 'layer4_conv3': (512, 512, 3, 3),
+    'layer5_conv1': (512, 512, 3, 3), 'layer5_conv2': (512, 512, 3, 3), 'layer5_conv3': (512, 512, 3, 3),
+    'fullyconnect1': (4096, 25088), 'fullyconnect2': (4096, 4096), 'fullyconnect3': (4, 4096)}
+ACCIDENTS = {    # how a file begins, and what it is
+    b'version https://git-lfs': 'is a Git LFS pointer, not the file itself: run `git lfs pull`',
+    b'<': 'is a web page, not a checkpoint: the download went wrong, fetch it again',
+    b'PK': 'is an archive (.npz, or saved by torch), not an .npy file: save a dict with np.save',
+    b'\x80': 'is a bare pickle (saved by torch or pickle.dump), not an .npy file: save a dict with np.save'}
+STRANGERS = {    # modules whose objects are found in the place of arrays
+    'torch': 'holds torch tensors: save arrays instead, `tensor.numpy()`',
+    'ml_dtypes': 'holds bfloat16 or the like, which numpy alone has not: save `array.astype(np.float32)`',
+    'datetime': 'holds dates beside its arrays: save the arrays alone'}
+
+
+class _Dtype(object):
+    """What a pickle says of a dtype."""
+
+    def __init__(self, name, *_):
+        self.name, self.order = name, '='
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def dtype(self):
+        """The dtype itself: of numbers, texts, dates, or objects, and of nothing that is made of these."""
+        name = self.order + self.name
+        if not re.match(r'[<>=|]([biufcSUmM]\d+|O[48])\Z', name):
+            raise InputError('holds an array of %s: float32 is expected' % name)
+        return np.dtype(object if 'O' in name else name)
+
+
+class _Array(np.ndarray):
+    """An array that looks at its state in a pickle before it takes it over."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, contents = state
+        dtype = dtype.dtype()
+        if len(contents) != np.prod(shape, dtype=float) * (1 if dtype == object else dtype.itemsize):
+            raise pickle.UnpicklingError('an array of another size')
+        super().__setstate__((1, shape, dtype, fortran, contents))
+
+
+class _Dict(dict):
+    """A dict; what an OrderedDict has beside its items (torch's `_metadata`) is left aside."""
+
+    def __setstate__(self, state):
+        pass
+
+
+def _array(contents, dtype, shape=(), order='C', axes=None):
+    """What numpy's _frombuffer makes: how arrays are pickled since protocol 5."""
+    array = _Array(0)
+    array.__setstate__((1, shape, dtype, order == 'F', contents if isinstance(contents, str) else bytes(contents)))
+    return array if axes is None else array.transpose(axes)
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler of dicts, arrays and numpy's numbers and texts."""
+
+    KNOWN = {
+        'numpy.core.multiarray._reconstruct': lambda *_: _Array(0),    # whatever kind of array is named below
+        'numpy.ndarray': None, 'numpy.memmap': None, 'numpy.core.memmap.memmap': None,
+        'numpy.matrix': None, 'numpy.matrixlib.defmatrix.matrix': None,
+        'numpy.dtype': _Dtype, 'numpy.core.numeric._frombuffer': _array,
+        'numpy.core.multiarray.scalar': lambda dtype, contents: _array(contents, dtype).item(),
+        '_codecs.encode': lambda text, encoding: text.encode('latin-1'),
+        'collections.OrderedDict': _Dict, 'collections.defaultdict': lambda *_: _Dict(), 'builtins.dict': _Dict}
+
+    def find_class(self, module, name):
+        full = '%s.%s' % (module.replace('numpy._core', 'numpy.core'), name)
+        if full not in self.KNOWN:
+            program = 'asks to run %s, which no checkpoint needs: do not use it' % full
+            raise InputError(STRANGERS.get(full.split('.')[0], program))
+        return self.KNOWN[full]
+
+
+def read_checkpoint(path):
+    """What np.load(path, allow_pickle=True).item() gives if nothing but arrays, dicts, numbers and texts is in it."""
+    try:
+        with open(path, 'rb') as file:
+            begin = file.peek(64).lstrip()
+            for magic, text in ACCIDENTS.items():
+                if begin.startswith(magic):
+                    raise InputError(text)
+            if not begin:
+                raise InputError('is empty: fetch it again')
+            try:
+                version = np.lib.format.read_magic(file)
+                dtype = getattr(np.lib.format, 'read_array_header_%d_%d' % version)(file)[2]
+            except (AttributeError, ValueError, SyntaxError) as error:
+                raise InputError('is no .npy file (%s): save a dict with np.save' % error)
+            if dtype != object:
+                raise InputError('holds an array of %s, not a dict of layers' % dtype)
+            return _Reader(file, encoding='latin1').load().item()    # that encoding: of arrays pickled by Python 2
+    except InputError as error:
+        raise InputError('%s: %s' % (path, error))
+    except OSError as error:
+        raise InputError('%s: cannot be read (%s)' % (path, error.strerror))
+    except Exception as error:    # whatever damaged bytes make an unpickler raise
+        text = 'is cut short or damaged (%s): fetch it again'
+        if 'unsupported pickle protocol' in str(error):
+            text = 'was written by a newer Python (%s): load it there, and save it with np.save'
+        raise InputError('%s: %s' % (path, text % (str(error) or type(error).__name__)))
+
+
+def check(content, path):
+    """The checkpoint {layer: {'weight', 'bias'}} in VGG16's order, C-ordered float32, out of what a file holds.
+
+    Raises InputError, naming path and layer; says on standard error what it had to rename, convert or leave aside.
+    """
+    def listed(names):
+        return ', '.join(names[:6]) + (' and %d more' % (len(names) - 6) if len(names) > 6 else '')
+
+    if not isinstance(content, dict):
+        raise InputError('%s: a dict of layers expected, got %s' % (path, type(content).__name__))
+    wanted = {name + part: shape if part == '.weight' else shape[:1]
+              for name, shape in SHAPES.items() for part in ('.weight', '.bias')}
+    said, found, renamed = [], {}, []
+    if isinstance(content.get('state_dict'), dict):
+        content = content['state_dict']
+        said.append('the layers are those under state_dict')
+    for key, value in content.items():
+        for part, array in value.items() if isinstance(value, dict) else [('', value)]:
+            name = re.sub(r'^module\.', '', ('%s.%s' % (key, part)).rstrip('.'))
+            if name in found:
+                raise InputError('%s: has %s twice' % (path, name))
+            found[name] = array
+            if name in wanted and key not in SHAPES:
+                renamed.append('%s is read as %s' % (key, name))
+    others = [name for name in found if name not in wanted]
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        raise InputError('%s: lacks %s%s' % (path, listed(lacking), '; it has ' + listed(others) if others else ''))
+    if any(isinstance(found[name], np.ndarray) for name in others):
+        raise InputError('%s: has unknown layers: %s' % (path, listed(others)))
+
+    ckpt, converted = {name: {} for name in SHAPES}, []
+    for name, shape in wanted.items():
+        array, (layer, part) = found[name], name.split('.')
+        if not isinstance(array, np.ndarray):
+            raise InputError('%s: %s: an array expected, got %s' % (path, name, type(array).__name__))
+        if array.dtype.kind != 'f' or array.dtype.itemsize > 8:
+            raise InputError('%s: %s: an array of %s, float32 is expected: save `array.astype(np.float32)`' % (
+                path, name, array.dtype))
+        if array.shape not in (shape, (1,) + shape):    # the latter: a bias that was a matrix
+            raise InputError('%s: %s: shape %s expected, got %s' % (path, name, shape, array.shape))
+        with np.errstate(over='ignore'):    # is not finite then
+            ckpt[layer][part] = np.ascontiguousarray(array.reshape(shape), dtype=np.float32)
+        if not np.isfinite(ckpt[layer][part]).all():
+            raise InputError('%s: %s: has numbers that are not finite in float32' % (path, name))
+        if array.dtype != np.float32 or not array.flags.c_contiguous:
+            converted.append(name)
+    for text, names in ('%s', renamed), ('left aside: %s', others), ('converted to C-ordered float32: %s', converted):
+        said += [text % listed(names)] if names else []
+    for text in said:
+        print('%s: %s' % (path, text), file=sys.stderr)
+    return ckpt
+
+
+def load_checkpoint(path=None):
+    """The network's parameters {layer: {'weight': ndarray, 'bias': ndarray}}, float32; or InputError.
 
     Parameters
     ----------
-    img_path : str
-
-    Returns
-    -------
-    ndarray (1, 3, 224, 224), float32
-
-    Raises
-    ------
-    PictureError
-        For a file that cannot be read or is no picture.
+    path : str, optional
+        An .npy file in the handbook's format.  Without it file/vgg16_ckpt.npy is read, and where only this package's
+        file/vgg16_flowers.npz is there, made of that first; if it cannot be written, it is made in memory.
     """
-    return to_tensor(read_image(img_path))
+    if path is None and not os.path.exists(CHECKPOINT) and os.path.exists(PACKED):
+        from file.making import expand    # only here: the course's own file/ has no such folder
+        print('file/vgg16_ckpt.npy is not there: making it of vgg16_flowers.npz, once', file=sys.stderr)
+        try:
+            expand.expand(PACKED, CHECKPOINT)
+        except OSError as error:
+            print('file/vgg16_ckpt.npy cannot be written (%s): going on without it' % error.strerror, file=sys.stderr)
+            return expand.checkpoint(PACKED)
+        except expand.PackedError as error:
+            raise InputError(error)
+    path = path or CHECKPOINT
+    return check(read_checkpoint(path), path)
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+def not_made(error):
+    """What an AttributeError of vgg.py says of a layer that __init__ has not made; or None."""
+    name = re.search(r"'VGG16' object has no attribute '(\w+)'", str(error))
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return name and '%s is not made yet: %s line %d' % (name.group(1), os.path.basename(place.filename), place.lineno)
+
+
+def misfit(model):
+    """How vgg.py's network differs from VGG16 where a whole checkpoint did not load; or None."""
+    layers = getattr(model, 'graph_layers', None) or {}
+    for name, shape in SHAPES.items():
+        if name not in layers:
+            return 'vgg.py: graph_layers has no %s' % name
+        if not hasattr(layers[name], 'load_params'):
+            return 'vgg.py: %s is a %s, which has no weight' % (name, type(layers[name]).__name__)
+        if layers[name].weight.shape != shape:
+            return 'vgg.py: %s: its weight has shape %s, that of VGG16 %s' % (name, layers[name].weight.shape, shape)
+    return None
 
 
 def class_number(text):
@@ -164,57 +351,72 @@ def arguments_of(argv):
                         help='the class that the loss is computed against: 0 to 3 or %s (default: 1, roses, as in '
                              'the handbook)' % ', '.join(CLASSES))
     parser.add_argument('--picture', metavar='OUT.png', help='after the run, draw what the network saw into this file')
+    parser.add_argument('--overwrite', action='store_true', help='let --picture replace a file that is there')
     return parser.parse_args(argv)
 
 
 def run(arguments):
-    model = VGG16(4)
-    shapes = {name: layer.weight_shape for name, layer in model.graph_layers.items() if hasattr(layer, 'weight_shape')}
-    image = read_image(arguments.image)    # what is wrong with the files is said before anything is computed
+    # What is wrong with the files is said before anything is printed.
+    image = read_image(arguments.image)
     if arguments.picture:
-        from file import picture    # only now: a run without it starts sooner
+        sys.path.append(os.path.join(HERE, 'tests'))
+        import picture    # only now: a run without it starts sooner
         try:
-            picture.check_path(arguments.picture)
+            picture.check_path(arguments.picture, arguments.overwrite, (arguments.image, arguments.ckpt))
         except ValueError as error:
-            raise PictureError(error)
-    with ahead.late_loops() as wait_for_late_loops:
-        model.resume_weights(checkpoint.load(arguments.ckpt, shapes, ahead.compile_first_loops))
+            raise InputError(error)
+    try:
+        model = VGG16(4)
+    except AttributeError as error:
+        if not_made(error):
+            raise InputError(not_made(error))
+        raise
+    ckpt = load_checkpoint(arguments.ckpt)
+    try:
+        model.resume_weights(ckpt)
+    except (AssertionError, AttributeError, KeyError, TypeError):
+        if misfit(model):    # the checkpoint is VGG16's
+            raise InputError(misfit(model))
+        raise
 
-        start_time = time.time()
-        tensor = process_image(arguments.image)
+    start_time = time.time()
 
-        outputs = model.forward(tensor)
-        print(outputs)
-        pred = int(np.argmax(outputs))
-        print(CLASSES[pred])
+    tensor = process_image(image)
 
-        label = np.array([arguments.label, ])
-        loss_func = CrossEntropy()
-        loss = loss_func.forward(outputs, label)
-        print(loss)
+    outputs = model.forward(tensor)
+    print(outputs)
+    pred = int(np.argmax(outputs))
+    print(CLASSES[pred])
 
-        grad = loss_func.backward()
-        wait_for_late_loops()
-        grad = model.backward(grad)
-        print(grad.mean(), grad.sum())
+    label = np.array([arguments.label, ])
+    loss_func = CrossEntropy()
+    loss = loss_func.forward(outputs, label)
+    print(loss)
 
-        end_time = time.time()
-        print(end_time - start_time)
+    grad = loss_func.backward()
+    grad = model.backward(grad)
+    print(grad.mean(), grad.sum())
+
+    end_time = time.time()
+    print(end_time - start_time)
 
     if arguments.picture:
         try:
-            picture.write(arguments.picture, picture.draw(image, tensor, model, CLASSES))
-        except OSError as error:
-            raise PictureError('%s: cannot be written (%s)' % (arguments.picture, error.strerror))
+            picture.write(arguments.picture, picture.draw(image, tensor, model, CLASSES), arguments.overwrite)
+        except (OSError, ValueError) as error:
+            raise InputError('%s cannot be written: %s' % (arguments.picture, error))
 
 
 def main(argv=None):
     """Run the script; return its exit status."""
+    if sys.stdout is None:
+        print('main.py: standard output is closed: there is nowhere to print to', file=sys.stderr)
+        return 1
     try:
         run(arguments_of(argv))
         sys.stdout.flush()
         return 0
-    except (PictureError, checkpoint.CheckpointError) as error:
+    except InputError as error:
         print('main.py: %s' % error, file=sys.stderr)
         return 1
     except MemoryError:
@@ -223,15 +425,15 @@ def main(argv=None):
     except KeyboardInterrupt:
         print('main.py: interrupted', file=sys.stderr)
         return 130
-    except BrokenPipeError:    # `main.py | head -1`: nobody reads on, so there is nothing left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.filename is not None:    # no print
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for what is still to be written
+        if isinstance(error, BrokenPipeError):    # `main.py | head -1`: nobody reads on
+            return 0
+        print('main.py: standard output cannot be written (%s)' % error.strerror, file=sys.stderr)
+        return 1
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    memory.keep_what_is_freed()
-    once.compile_once()
-    status = main()
-    gc.freeze()    # Python would look for cycles once more in the end, although all goes with the process
-    sys.exit(status)
+    sys.exit(main())

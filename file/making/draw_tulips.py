@@ -5,7 +5,7 @@ sky light the dots, each with a map of what stands in its way, and of the dots i
 Plants at one distance make one layer; layers are blurred as a lens blurs things at that distance and laid over each
 other from far to near.  All of it happens in linear light, four times as large as the picture.
 
-    python file/draw_tulips.py [OUT.jpg]
+    python file/making/draw_tulips.py OUT.jpg
 """
 import argparse
 import os
@@ -13,6 +13,8 @@ import sys
 
 import cv2
 import numpy as np
+
+from expand import exit_if_there
 
 WIDTH, HEIGHT, SUPER = 320, 240, 4           # the picture, and how many times larger it is drawn
 FOCAL, HORIZON = 720 * SUPER, 66 * SUPER     # lengths in the picture are pixels, those in the garden centimetres
@@ -280,11 +282,10 @@ def encode(picture):
 
 def main():
     """Read the arguments, draw, write."""
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description='Draw a bed of tulips, 320x240 (about half a minute).')
-    parser.add_argument('out', nargs='?', metavar='OUT.jpg', default=os.path.join(here, 'tulips_demo.jpg'),
-                        help='where to write it (default: tulips_demo.jpg beside this script)')
+    parser.add_argument('out', metavar='OUT.jpg', help='where to write it, a new file')
     out = parser.parse_args().out
+    exit_if_there('draw_tulips.py', out)
     encode(np.zeros((16, 16, 3), dtype=np.uint8))                  # fail before the work, not after it
     part = out + '.part'
     try:

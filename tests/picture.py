@@ -13,8 +13,17 @@ TILES = (6, 8, 10, 13, 17)           # feature maps in the five rows: like the p
 FINE = 6                             # text is drawn so many times larger and shrunk: smooth in every OpenCV
 
 
-def check_path(path):
-    """ValueError, in one line, if a picture could not be written to path: to be asked before a long run."""
+def check_path(path, overwrite=False, inputs=()):
+    """ValueError, in one line, if a picture may not or could not be written to path: to be asked before a long run.
+
+    Parameters
+    ----------
+    path : str
+    overwrite : bool
+        Whether a file that is there may be replaced.
+    inputs : sequence of str
+        Files that may not be, by whatever name.
+    """
     folder, extension = os.path.dirname(path) or '.', os.path.splitext(path)[1].lower()
     if extension not in EXTENSIONS:
         raise ValueError('%s: a picture file must end in one of %s' % (path, ', '.join(EXTENSIONS)))
@@ -24,19 +33,25 @@ def check_path(path):
         raise ValueError('%s: the folder %s cannot be written to; choose another' % (path, folder))
     if os.path.isdir(path):
         raise ValueError('%s: is a folder; name a file in it' % path)
+    if os.path.exists(path) and any(os.path.samefile(path, name) for name in inputs if name and os.path.exists(name)):
+        raise ValueError('%s: is a file that is read; name another' % path)
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError('%s: is there already; name another, or add --overwrite' % path)
 
 
-def write(path, picture):
+def write(path, picture, overwrite=False):
     """Write an RGB picture (H, W, 3), uint8, whole or not at all: under another name first, then renamed."""
     encoded = cv2.imencode(os.path.splitext(path)[1].lower(), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    part = path + '.part'
-    try:
-        with open(part, 'wb') as file:
+    part = '%s.%d.part' % (path, os.getpid())
+    with open(part, 'xb') as file:
+        try:
             file.write(encoded.tobytes())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
+            file.close()
+            check_path(path, overwrite)    # again: a run takes a while
+            os.replace(part, path)
+        except BaseException:
             os.remove(part)
+            raise
 
 
 def text(picture, words, x, baseline, size, colour=INK, bold=False, right=False):

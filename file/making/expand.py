@@ -1,6 +1,6 @@
 """From the packed file of the trained network to the one that the handbook's script loads.
 
-    python file/expand.py [--packed FILE.npz] [--out FILE.npy]
+    python file/making/expand.py [--packed FILE.npz] [--out FILE.npy]
 
 main.py does this by itself when vgg16_ckpt.npy is not there.  Packed (vgg16_flowers.npz), every weight is one signed
 byte q and every output channel has a scale s:
@@ -23,16 +23,16 @@ import zlib
 
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PACKED = os.path.join(HERE, 'vgg16_flowers.npz')
-EXPANDED = os.path.join(HERE, 'vgg16_ckpt.npy')
+FILE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PACKED = os.path.join(FILE, 'vgg16_flowers.npz')
+EXPANDED = os.path.join(FILE, 'vgg16_ckpt.npy')
 SCALE_BITS = 10
 PLANE = 7 * 7    # fullyconnect1 sees 512 planes of 7x7 numbers; packed, it has one weight for each plane
 BLOCK = 2**23    # bytes that are written at a time: fullyconnect1 alone has 411 MB, which would have to be in memory
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the text says which file, what is wrong and what to do."""
+class PackedError(Exception):
+    """A packed file that cannot be used; the text says which, what is wrong and what to do."""
 
 
 # ------------------------------------------------------------------------------------------ packed and back
@@ -87,14 +87,19 @@ def packed_layers(path):
                     weight = np.broadcast_to(weight[:, :, None], weight.shape + (PLANE,))
                 yield name, weight, packed[name + '.bias']
     except FileNotFoundError:
-        raise CheckpointError('%s is not there: fetch it again with the project' % path)
+        raise PackedError('%s is not there: fetch it again with the project' % path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError('%s is damaged (%s): fetch it again with the project' % (path, error))
+        raise PackedError('%s is damaged (%s): fetch it again with the project' % (path, error))
 
 
 def as_in_network(weight):
     """The weight, or some rows of it, without the axis that repeats numbers."""
     return weight.reshape(len(weight), -1) if weight.ndim == 3 else weight
+
+
+def checkpoint(path):
+    """The checkpoint of a packed file, in memory: {layer: {'weight': ndarray, 'bias': ndarray}}."""
+    return {name: {'weight': as_in_network(weight), 'bias': bias} for name, weight, bias in packed_layers(path)}
 
 
 # ----------------------------------------------------------------------------------------- writing a pickle
@@ -122,7 +127,7 @@ def _filler(size):
     return b'C' + bytes([size - 3]) + bytes(size - 3) + b'0'
 
 
-def write(file, layers, ended=None):
+def write(file, layers):
     """Write a checkpoint as np.save does, with the same bytes on every machine.
 
     Parameters
@@ -130,8 +135,6 @@ def write(file, layers, ended=None):
     file : binary file
     layers : iterable of (name, weight, bias)
         Taken one after another, so that not all have to be in memory; see `packed_layers`.
-    ended : threading.Event, optional
-        Once it is set, nobody waits for the file: CheckpointError before the next block.
     """
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
     header = header.ljust(128 - 10 - 1) + b'\n'
@@ -146,8 +149,6 @@ def write(file, layers, ended=None):
             file.write(b'B' + struct.pack('<I', 4 * array.size))
             rows = max(1, BLOCK * len(array) // max(1, 4 * array.size))
             for first in range(0, len(array), rows):
-                if ended is not None and ended.is_set():
-                    raise CheckpointError('%s: nobody waits for it any more' % name)
                 block = np.ascontiguousarray(array[first:first + rows], dtype='<f4')
                 file.write(memoryview(block).cast('B'))
             file.write(b'tb')
@@ -155,10 +156,8 @@ def write(file, layers, ended=None):
     file.write(b'uatb.')
 
 
-def expand(packed, expanded, ended=None):
+def expand(packed, expanded):
     """Write the expanded file of a packed one: under another name first, so that it is whole or not there.
-
-    `ended` as in `write`.
 
     Raises
     ------
@@ -172,7 +171,7 @@ def expand(packed, expanded, ended=None):
     handle, part = tempfile.mkstemp(prefix=name + '.', suffix='.part', dir=folder)
     try:
         with os.fdopen(handle, 'wb') as file:
-            write(file, packed_layers(packed), ended)
+            write(file, packed_layers(packed))
         os.chmod(part, 0o644)
         os.replace(part, expanded)
     except BaseException:
@@ -180,11 +179,18 @@ def expand(packed, expanded, ended=None):
         raise
 
 
+def exit_if_there(script, path):
+    """End a script before its work where that would overwrite a file."""
+    if os.path.lexists(path):
+        sys.exit('%s: %s is there already: remove it first, or name another file' % (script, path))
+
+
 def main():
     parser = argparse.ArgumentParser(description='Expand the packed network into a checkpoint; print its SHA-256.')
     parser.add_argument('--packed', default=PACKED, help='default: %(default)s')
     parser.add_argument('--out', default=EXPANDED, help='default: %(default)s')
     arguments = parser.parse_args()
+    exit_if_there('expand.py', arguments.out)
     try:
         expand(arguments.packed, os.path.abspath(arguments.out))
         digest = hashlib.sha256()
@@ -192,7 +198,7 @@ def main():
             for block in iter(lambda: file.read(1 << 24), b''):
                 digest.update(block)
         print('%s  %s' % (digest.hexdigest(), os.path.basename(arguments.out)))
-    except (CheckpointError, OSError) as error:
+    except (PackedError, OSError) as error:
         sys.exit('expand.py: %s' % error)
 
 

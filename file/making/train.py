@@ -1,7 +1,7 @@
 """Train the shipped network from the ImageNet convolutions and a folder of flower photos.
 
-    python file/train.py features --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
-    python file/train.py train    --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
+    python file/making/train.py features --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
+    python file/making/train.py train    --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
 
 PHOTOS holds one folder a class; FOLDER takes what is computed on the way, 0.5 GB a view.  A step that was cut goes
 on where it was.  `features` runs the first four stages, which stay as they are, over several views of every photo.
@@ -16,16 +16,15 @@ import time
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.append(os.path.dirname(os.path.dirname(HERE)))
 import cv2                                                      # noqa: E402
-from file.expand import PACKED, PLANE, pack, unpack             # noqa: E402
-from main import read_image, to_tensor                          # noqa: E402
+from expand import PACKED, PLANE, exit_if_there, pack, unpack   # noqa: E402
+from main import process_image, read_image                      # noqa: E402
 from layer import ConvolutionLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer    # noqa: E402
 from loss import CrossEntropy                                   # noqa: E402
 from vgg import VGG16                                           # noqa: E402
 
 CLASSES = ('daisy', 'roses', 'sunflowers', 'tulips')
-VALIDATION = os.path.join(HERE, 'validation.txt')
 BATCH = 4
 MEMORY = 0.99    # the running mean forgets in about 100 steps
 
@@ -87,7 +86,7 @@ def features(arguments):
     names = list(network.graph_layers)
     stages = names[:names.index('layer4_maxpool') + 1]
     rows = split(arguments.photos)
-    with open(VALIDATION, 'w', newline='\n') as file:
+    with open(os.path.join(arguments.work, 'validation.txt'), 'w', newline='\n') as file:
         file.writelines(name + '\n' for name, _, held in rows if held)
     for view in arguments.views:
         wanted = [i for i, (_, _, held) in enumerate(rows) if view == 0 or not held]
@@ -99,7 +98,7 @@ def features(arguments):
         start = int(open(done).read()) if os.path.exists(done) else 0
         for first in range(start, len(wanted), BATCH):
             batch = wanted[first:first + BATCH]
-            x = np.concatenate([to_tensor(view_of(read_image(os.path.join(arguments.photos, rows[i][0])), view, i))
+            x = np.concatenate([process_image(view_of(read_image(os.path.join(arguments.photos, rows[i][0])), view, i))
                                 for i in batch])
             for name in stages:
                 x = network.graph_layers[name].forward(x)
@@ -140,7 +139,7 @@ class Dropout(object):
 
 
 class TrainedConvolution(ConvolutionLayer):
-    """A convolution that also has the gradients of its parameters, and stays in float32 on the way back."""
+    """A convolution that also has the gradients of its parameters."""
 
     passes_on = True    # whether a layer before it is trained, too
 
@@ -150,19 +149,16 @@ class TrainedConvolution(ConvolutionLayer):
 
     def backward(self, out_grad):
         out_grad = np.ascontiguousarray(out_grad, dtype=np.float32)
-        batch, channels, height, width = self.inputs.shape
+        _, channels, height, width = self.inputs.shape
         padded = np.pad(self.inputs.transpose(0, 2, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), mode='constant')
         flat = out_grad.transpose(1, 0, 2, 3).reshape(self.out_channels, -1)
-        self.grad_weight = np.empty(self.weight_shape, np.float32)
+        self.grad_weight = np.empty(self.weight.shape, np.float32)
         for i in range(self.kernel_size):
             for j in range(self.kernel_size):
                 seen = padded[:, i:i + height, j:j + width].reshape(-1, channels)
                 self.grad_weight[:, :, i, j] = flat @ seen
         self.grad_bias = flat.sum(axis=1)
-        if not self.passes_on:
-            return None
-        in_grad = np.zeros((batch, channels, height + 2, width + 2), np.float32)
-        return self._conv_back(out_grad, in_grad, self.weight, 3, 1)[:, :, 1:-1, 1:-1]
+        return super().backward(out_grad) if self.passes_on else None
 
 
 class Adam(object):
@@ -213,6 +209,8 @@ def smoothed(loss, labels, smoothing):
     grad = loss.backward()
     grad += smoothing / len(labels) * (np.eye(len(CLASSES))[labels] - 1.0 / len(CLASSES))
     return grad
+
+
 def layers_to_train(arguments):
     """What follows layer4_maxpool: (layers for use, layers for training, {name: layer that is trained})."""
     rng = np.random.RandomState(arguments.seed)
@@ -350,7 +348,7 @@ def main():
     parser.add_argument('--weights', required=True, help='the ImageNet convolutions, .npz')
     parser.add_argument('--work', required=True, help='a folder for what is computed on the way')
     parser.add_argument('--views', type=int, nargs='+', default=list(range(6)), help='which views (default: 0 to 5)')
-    parser.add_argument('--out', default=PACKED, help='what train writes (default: %(default)s)')
+    parser.add_argument('--out', default=PACKED, help='what train writes, a new file (default: %(default)s)')
     parser.add_argument('--state', default='state.npz', help='where in --work train keeps its progress')
     parser.add_argument('--epochs', type=int, default=9)
     parser.add_argument('--warm', type=int, default=1, help='epochs in which only the fully connected layers learn')
@@ -362,6 +360,8 @@ def main():
     parser.add_argument('--decay', type=float, default=0.02)
     parser.add_argument('--seed', type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.step == 'train':
+        exit_if_there('train.py', arguments.out)
     os.makedirs(arguments.work, exist_ok=True)
     {'features': features, 'train': train}[arguments.step](arguments)
 
