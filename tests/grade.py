@@ -1,10 +1,11 @@
 """Grade submissions by the rubric of the lab: 60, 80 or 100.
 
-    python tests/grade.py SUBMISSION... [-j N] [--image PICTURE] [--json FILE]
+    python tests/grade.py SUBMISSION... [-j N] [--csv FILE] [--json FILE] [--gradescope FILE]
+    python tests/grade.py --table FILE.json... [--csv FILE]
 
-A submission is a folder with a student's layer.py, vgg.py and main.py.  What is right is computed on the spot, by
-this package's own network, for the demo picture and a picture made from a random seed, or for secret ones: printing
-the expected text earns nothing.
+A submission is a folder with a student's layer.py and vgg.py, and main.py and loss.py as far as they are there.  What is
+right is computed on the spot, by this package's own network, for a picture that nobody has seen, made of the demo
+picture and a random seed, or for secret ones: printing the expected text earns nothing.
 
     60    the graph of 37 layers is built in order and holds the checkpoint after resume_weights
     80    each layer's forward output is right, and the picture is classified right
@@ -15,29 +16,32 @@ relative to the tensor's sum of magnitudes; where two numbers tie, either way of
 the first wrong layer every other layer is examined on the right input, so that the report names what is wrong and
 not what follows from it.  The score counts the network as a whole.
 
-Student code runs in a process of its own, in a temporary copy of its folder, with limits to its time and memory.
-That keeps mistakes from doing harm; it is no defence against an attacker.
+A submission runs in a process of its own, which is only asked for numbers (grade_judge.py), with limits to its time and
+memory, and where bubblewrap is installed (bwrap) in a sandbox that has no network and shows it nothing but Python and its
+own copy.  The exit status is 0 for a grading that worked, whatever the scores; 1 if one is below that of --fail-below;
+2 if nothing could be graded.
 """
 import argparse
 import concurrent.futures
+import csv
 import glob
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 
-import handout
-from compare import cause
+from grade_process import Box, line_of
+from grade_judge import DIRECTIONS, Examination, OutOfTime, Reference
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PROJECT = os.path.dirname(HERE)
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LARGEST = 1 << 20    # bytes of a file that is still copied; a checkpoint is not
+LEFT_OUT = ('.git', '__pycache__', '.pytest_cache', '.venv', 'venv')
 STAGES = ((60, 'built and loaded'), (80, 'forward'), (100, 'backward'))
 
 
@@ -47,80 +51,6 @@ class GradingError(Exception):
 
 def say(text):
     print('grade.py: ' + text, file=sys.stderr, flush=True)
-
-
-# --------------------------------------------------------------------------------------- running a process
-
-class Runner(object):
-    """Starts processes of their own group, and ends them at their time limit or when the grading is interrupted."""
-
-    def __init__(self, threads):
-        self.stopped = threading.Event()
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith('PYTHON')}
-        self.environment.update(PYTHONIOENCODING='utf-8', MALLOC_ARENA_MAX='2')
-        for name in ('NUMBA', 'OMP', 'OPENBLAS', 'MKL'):
-            self.environment[name + '_NUM_THREADS'] = str(threads)
-
-    def run(self, command, output, seconds=None, home=None):
-        """Run a script of this folder; return its exit status, or None at the time limit."""
-        environment = dict(self.environment)
-        if home:
-            environment.update(HOME=home, USERPROFILE=home, TMPDIR=home, TEMP=home, TMP=home)
-        end = time.time() + (seconds or float('inf'))
-        with open(output, 'wb') as file:
-            process = subprocess.Popen([sys.executable] + command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                       env=environment, start_new_session=True)
-        try:
-            while process.poll() is None and time.time() < end and not self.stopped.is_set():
-                time.sleep(0.05)
-            return process.poll()
-        finally:
-            self.kill(process)
-
-    @staticmethod
-    def kill(process):
-        """End a process and what it started."""
-        try:
-            if hasattr(os, 'killpg'):
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        except (ProcessLookupError, PermissionError):    # all of them have ended
-            pass
-        process.wait()
-
-
-def text_of(path, most=4000):
-    """What a process printed: its beginning and its end."""
-    with open(path, 'rb') as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        text = file.read(most if size > 2 * most else 2 * most)
-        if size > 2 * most:
-            file.seek(-most, os.SEEK_END)
-            text += b'\n...\n' + file.read()
-    return text.decode('utf-8', errors='replace')
-
-
-# ------------------------------------------------------------------------------------------- what is right
-
-def expect(runner, work, arguments):
-    """Compute the expected results into a folder, and return what is known of them."""
-    folder, output = os.path.join(work, 'expected'), os.path.join(work, 'expected.txt')
-    os.mkdir(folder)
-    pictures = arguments.image or [os.path.join(PROJECT, 'file', 'tulips_demo.jpg')]
-    seed = '' if arguments.image else str(secrets.randbelow(10**6) if arguments.seed is None else arguments.seed)
-    start = time.time()
-    ckpt = os.path.abspath(arguments.ckpt) if arguments.ckpt else ''
-    command = [os.path.join(HERE, 'grade_expect.py'), folder, os.path.abspath(arguments.package), seed, ckpt]
-    status = runner.run(command + list(map(os.path.abspath, pictures)), output)
-    if status:
-        raise GradingError((text_of(output).strip().split('\n') or ['?'])[-1])
-    with open(os.path.join(folder, 'expected.json')) as file:
-        facts = json.load(file)
-    say('expected results for %s: %.0f s' % (
-        ' and '.join(picture['title'] for picture in facts['pictures']), time.time() - start))
-    return facts
 
 
 # --------------------------------------------------------------------------------------- one submission
@@ -134,190 +64,321 @@ def source_of(folder):
     return folder
 
 
-def copy_of(folder, package, target):
-    """Copy a submission, without what is large, and what the package gives to students and this one did not return."""
-    for origin in (folder, package):
-        for path in handout.files_of(origin):
-            given = path == 'loss.py' or os.path.dirname(path) == 'file' and path.endswith('.py')
-            if os.path.getsize(os.path.join(origin, path)) <= LARGEST and (origin == folder or given):
-                copied = os.path.join(target, path)
-                if not os.path.exists(copied):
-                    os.makedirs(os.path.dirname(copied), exist_ok=True)
-                    shutil.copyfile(os.path.join(origin, path), copied)
+def files_of(folder):
+    """The files of a folder that count, relative to it: no links, nothing large, nothing that a run leaves behind."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
+        for name in sorted(files):
+            path = os.path.join(place, name)
+            if os.path.isfile(path) and not os.path.islink(path) and os.path.getsize(path) <= LARGEST:
+                yield os.path.relpath(path, folder)
 
 
-def ending(status, events, timeout):
-    """How an examination ended before its end: None, or what to say of it and the direction and layer it was in."""
-    if events and events[-1].get('end'):
-        return None
-    entered = next((event for event in reversed(events) if 'enter' in event), {})
-    why = ('stopped at the time limit of %g s' % timeout if status is None else
-           'ended the process by signal %d' % -status if status < 0 else 'ended the process, exit status %d' % status)
-    return why, entered.get('enter'), entered.get('layer')
+def digest(folder):
+    """Equal for submissions of the same bytes."""
+    found = hashlib.sha256()
+    for path in files_of(folder):
+        with open(os.path.join(folder, path), 'rb') as file:
+            found.update(repr((path, hashlib.sha256(file.read()).hexdigest())).encode('utf-8', 'surrogatepass'))
+    return found.hexdigest()
 
 
-def verdict(facts, events, end):
-    """Score a submission by what its examination said and how it ended.
+def copy_of(folder, target):
+    for path in files_of(folder):
+        os.makedirs(os.path.dirname(os.path.join(target, path)), exist_ok=True)
+        shutil.copyfile(os.path.join(folder, path), os.path.join(target, path))
+
+
+def text_of(file, most=4000):
+    """What a process printed: its beginning and its end."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    text = file.read(most if size > 2 * most else 2 * most)
+    if size > 2 * most:
+        file.seek(-most, os.SEEK_END)
+        text += b'\n...\n' + file.read(most)
+    return text.decode('utf-8', errors='replace')
+
+
+def verdict(examined, pictures):
+    """What an examination comes to.
 
     Returns
     -------
     dict
-        score; stages: [points, title, why it was not reached or None]; first_wrong: [direction, layer, why] or
-        None; layers: {direction: {layer: why}}, wrong by themselves; notes.
+        score; stages: [points, title, why it was not reached or None]; first_wrong: [direction, layer, why] or None;
+        mistake: what explains it, or None; layers: {direction: {layer: why}}, wrong by themselves; mistakes: [direction,
+        layer, words]; notes.
     """
-    wrong = {'forward': {}, 'backward': {}}
-    for event in events:
-        if event.get('wrong') and 'layer' in event:
-            wrong[event['direction']].setdefault(event['layer'], event['wrong'])
-    notes = [event['note'] for event in events if 'note' in event]
-    if end:
-        why, direction, layer = end
-        if layer:
-            wrong[direction].setdefault(layer, why)
-        else:
-            notes.append(why)
-    built = next((event for event in events if 'built' in event), {'built': False, 'wrong': end and end[0]})
-    passed = {(event['passed'], event['picture']): event['right'] for event in events if 'passed' in event}
-    reasons = [built.get('wrong')]
-    for direction in ('forward', 'backward'):
-        rights = [passed.get((direction, index)) for index in range(len(facts['pictures']))]
+    reasons = [examined.built]
+    for direction in DIRECTIONS:
+        wrong = examined.wrong[direction]
+        rights = [examined.passed.get((direction, index)) for index in range(len(pictures))]
         if all(rights):
             reasons.append(None)
-        elif wrong[direction]:
-            reasons.append('%s: %s' % next(iter(wrong[direction].items())))
-        elif direction == 'forward' and False in rights:
-            reasons.append('%s: classified wrong' % facts['pictures'][rights.index(False)]['title'])
+        elif wrong:
+            reasons.append('%s: %s' % next(iter(wrong.items())))
         else:
-            reasons.append('not reached')
+            reasons.append('classified wrong' if direction == 'forward' and False in rights else 'not reached')
     count = next((index for index, reason in enumerate(reasons) if reason is not None), len(STAGES))
-    first = next(([direction] + list(item) for direction in ('forward', 'backward')
-                  for item in wrong[direction].items()), None)
-    return {'score': STAGES[count - 1][0] if count else 0, 'first_wrong': first, 'layers': wrong,
+    first = next(([direction] + list(item) for direction in DIRECTIONS
+                  for item in examined.wrong[direction].items()), None)
+    return {'score': STAGES[count - 1][0] if count else 0, 'first_wrong': first, 'layers': examined.wrong,
+            'mistake': examined.mistakes.get(tuple(first[:2])) if first else None,
+            'mistakes': [list(key) + [words] for key, words in examined.mistakes.items()],
             'stages': [[points, title, reason] for (points, title), reason in zip(STAGES, reasons)],
-            'notes': list(dict.fromkeys(notes))}
+            'notes': list(dict.fromkeys(examined.notes))}
 
 
-def grade(runner, work, facts, index, arguments):
-    """Grade one submission: what verdict says, its seconds, and all that it said and printed."""
-    folder, place = arguments.submissions[index], os.path.join(work, str(index))
-    submission, home, events, output = (
-        os.path.join(place, name) for name in ('submission', 'home', 'events', 'output'))
-    os.makedirs(home)
-    open(events, 'w').close()
-    open(output, 'w').close()
-    start = time.time()
-    try:
-        copy_of(source_of(folder), arguments.package, submission)
-        status = runner.run([os.path.join(HERE, 'grade_worker.py'), os.path.join(work, 'expected'), submission, events,
-                             str(arguments.memory)], output, arguments.timeout, home)
-        with open(events) as file:
-            said = [json.loads(line) for line in file if line.endswith('\n')]
-        end = ending(status, said, arguments.timeout)
-    except OSError as error:
-        said, end = [], ('cannot be copied: %s' % error, None, None)
-    result = dict(verdict(facts, said, end), submission=folder, seconds=round(time.time() - start, 1),
-                  printed=text_of(output), events=said)
-    shutil.rmtree(place, ignore_errors=True)
-    return result
+class Grading(object):
+    """Of all submissions; processes started in it end with it."""
+
+    def __init__(self, arguments, work, box, reference):
+        self.arguments, self.work, self.box, self.reference = arguments, work, box, reference
+        self.running, self.stopped = [], threading.Event()
+
+    def grade(self, number, folder):
+        """Grade one submission: what verdict says, its seconds, and all that it printed."""
+        place, begin = os.path.join(self.work, str(number)), time.monotonic()
+        os.makedirs(os.path.join(place, 'home'))
+        with tempfile.TemporaryFile() as output:
+            def start(**environment):
+                if self.stopped.is_set():
+                    raise OutOfTime
+                self.running.append(self.box.start(place, self.reference.given, number, output, **environment))
+                return self.running[-1]
+
+            examined = Examination(self.reference, start, self.arguments.timeout)
+            try:
+                copy_of(source_of(folder), os.path.join(place, 'submission'))
+                examined.examine()
+            except OSError as error:
+                examined.built = 'cannot be copied: %s' % error
+            result = dict(verdict(examined, self.reference.pictures), submission=folder, printed=text_of(output),
+                          seconds=round(time.monotonic() - begin, 1), like=None)
+        shutil.rmtree(place, ignore_errors=True)
+        return result
+
+    def stop(self):
+        self.stopped.set()
+        for process in list(self.running):
+            process.end()
+
+    def all(self, jobs):
+        """Grade all, those of the same bytes once; return the results in their order."""
+        folders, same = self.arguments.submissions, {}
+        for folder in folders:
+            same.setdefault(digest(source_of(folder)), []).append(folder)
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            waiting = {pool.submit(self.grade, number, alike[0]): alike for number, alike in enumerate(same.values())}
+            results = {}
+            try:
+                for future in concurrent.futures.as_completed(waiting):
+                    result = future.result()
+                    for folder in waiting[future]:
+                        results[folder] = dict(result, submission=folder,
+                                               like=result['submission'] if folder != result['submission'] else None)
+                    say('%d of %d: %s: %d, %.0f s' % (len(results), len(folders), result['submission'],
+                                                      result['score'], result['seconds']))
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                self.stop()
+                raise
+        return [results[folder] for folder in folders]
 
 
-def report(result, facts):
+# ------------------------------------------------------------------------------------------------- reports
+
+def report(result, kinds, sandbox):
     """A graded submission as lines of text."""
-    yield '%s (%.0f s)' % (result['submission'], result['seconds'])
+    yield '%s (%.0f s%s)' % (result['submission'], result['seconds'], '' if sandbox else ', without a sandbox')
+    if result['like']:
+        yield '       the same files as %s' % result['like']
     for points, title, reason in result['stages']:
         yield '%5d  %s: %s' % (points, title, 'yes' if reason is None else 'no: ' + reason)
-    first = result['first_wrong']
-    if first:
-        direction, layer, why = first
-        numbers = layer in dict(facts['layers']) and why.startswith(('off by', 'some numbers', 'shape'))
-        usual = ', usually ' + cause(direction, layer) if numbers else ''
-        yield '       first wrong: %s, %s%s' % (layer, direction, usual)
-    for direction in ('forward', 'backward'):
-        for kind in dict.fromkeys(kind for _, kind in facts['layers']):
-            alike = [name for name, other in facts['layers'] if other == kind]
-            wrong = [name for name in alike if name in result['layers'][direction]]
+    mistakes = {(direction, layer): words for direction, layer, words in result['mistakes']}
+    if result['first_wrong']:
+        direction, layer, _ = result['first_wrong']
+        words = mistakes.pop((direction, layer), None)
+        yield '       first wrong: %s, %s%s' % (layer, direction, ': ' + words if words else '')
+    for direction in DIRECTIONS:
+        for kind in dict.fromkeys(kinds.values()):
+            alike = [name for name in kinds if kinds[name] == kind]
+            wrong = [name for name in result['layers'][direction] if name in alike]
             if wrong:
                 yield '       %s wrong in %d of %d %ss: %s%s' % (
                     direction, len(wrong), len(alike), kind, ', '.join(wrong[:3]), ', ...' if len(wrong) > 3 else '')
+    for (direction, layer), words in mistakes.items():
+        yield '       %s, %s: %s' % (layer, direction, words)
     for note in result['notes']:
         yield '       ' + note
     yield 'score: %d' % result['score']
 
 
+def table(results):
+    """A line for each submission."""
+    width = max(len(result['submission']) for result in results)
+    for result in results:
+        reason = next((reason for _, _, reason in result['stages'] if reason), '')
+        if result['mistake']:
+            reason = '%s, %s: %s' % (result['first_wrong'][1], result['first_wrong'][0], result['mistake'])
+        if result['like']:
+            reason = 'the same files as %s%s' % (result['like'], reason and '; ' + reason)
+        yield ('%-*s  %3d  %5.0f s  %s' % (width, result['submission'], result['score'], result['seconds'],
+                                         reason)).rstrip()
+
+
+def write_csv(file, results):
+    writer = csv.writer(file)
+    writer.writerow(['submission', 'score'] + [title for _, title in STAGES] +
+                    ['first wrong layer', 'mistake', 'seconds', 'the same files as'])
+    for result in results:
+        first = result['first_wrong']
+        writer.writerow([result['submission'], result['score']] + [reason or 'yes' for _, _, reason in result['stages']] +
+                        ['%s, %s' % (first[1], first[0]) if first else '', result['mistake'] or '', result['seconds'],
+                         result['like'] or ''])
+
+
+def gradescope(result, text):
+    """What Gradescope reads as results.json: a test for each stage, worth what it adds to the score."""
+    tests, before = [], 0
+    for points, title, reason in result['stages']:
+        tests.append({'name': '%d: %s' % (points, title), 'max_score': points - before, 'output': reason or 'right',
+                      'score': points - before if result['score'] >= points else 0})
+        before = points
+    return {'score': result['score'], 'execution_time': int(result['seconds']), 'output': text, 'tests': tests}
+
+
+def written(path, write):
+    """Write a file that is whole or not there."""
+    if os.path.exists(path) and not os.path.isfile(path):    # /dev/stdout
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            return write(file)
+    handle, part = tempfile.mkstemp(prefix=os.path.basename(path) + '.', suffix='.part',
+                                    dir=os.path.dirname(os.path.abspath(path)))
+    try:
+        with os.fdopen(handle, 'w', newline='', encoding='utf-8') as file:
+            write(file)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------- the command
+
 def parse(argv):
     parser = argparse.ArgumentParser(description='Grade submissions by the rubric of the lab: 60, 80 or 100.')
-    parser.add_argument('submissions', metavar='SUBMISSION', nargs='+',
-                        help='a folder with layer.py, vgg.py and main.py')
+    parser.add_argument('submissions', metavar='SUBMISSION', nargs='*', help='a folder with layer.py and vgg.py')
     parser.add_argument('-j', metavar='N', dest='jobs', type=int, default=1,
                         help='grade N submissions at a time; each takes 1 to 2 GB (default: 1)')
     parser.add_argument('--image', metavar='PICTURE', action='append',
-                        help='grade on this picture, and not on the demo and a made-up one; may be repeated')
+                        help='grade on this picture, and not on one made of the demo picture; may be repeated')
     parser.add_argument('--seed', type=int, help='of the made-up picture, to repeat a grading (default: random)')
     parser.add_argument('--ckpt', metavar='PATH', help='a checkpoint (default: the one of this package)')
-    parser.add_argument('--timeout', metavar='S', type=float, default=900, help='seconds a submission (default: 900)')
+    parser.add_argument('--timeout', metavar='S', type=float, default=900,
+                        help='seconds for a submission, and a quarter of it for each layer (default: 900)')
     parser.add_argument('--memory', metavar='GB', type=float, default=8,
                         help='address space of a submission (default: 8)')
+    box = parser.add_mutually_exclusive_group()
+    box.add_argument('--sandbox', action='store_true', help='grade in a sandbox or not at all')
+    box.add_argument('--no-sandbox', action='store_true', help='do not look for bubblewrap')
     parser.add_argument('--json', metavar='FILE', help='write everything that was found out to a file')
+    parser.add_argument('--csv', metavar='FILE', help='write a table to a file')
+    parser.add_argument('--gradescope', metavar='FILE', help='write Gradescope\'s results.json, for one submission')
+    parser.add_argument('--overwrite', action='store_true', help='write these files where there are some already')
+    parser.add_argument('--table', metavar='FILE', nargs='+',
+                        help='grade nothing: put together what --json wrote, on one machine or several')
+    parser.add_argument('--fail-below', metavar='N', type=float, default=0,
+                        help='exit with status 1 if a score is below N')
     parser.add_argument('--package', metavar='FOLDER', default=PROJECT,
                         help='the finished package that says what is right (default: this one)')
     arguments = parser.parse_args(argv)
+    if bool(arguments.submissions) == bool(arguments.table):
+        parser.error('give submissions, or --table and what --json wrote')
     for folder in arguments.submissions + [arguments.package]:
         if not os.path.isdir(folder):
             raise GradingError('%s: is no folder: give the folder that holds layer.py and vgg.py' % folder)
-    if arguments.json and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.json))):
-        raise GradingError('%s: its folder is not there: make it first' % arguments.json)
-    if handout.is_handout(arguments.package):
-        raise GradingError('%s: is a hand-out, which does not know what is right: '
-                           'grade with the whole package' % os.path.abspath(arguments.package))
+    if arguments.gradescope and len(arguments.submissions) != 1:
+        raise GradingError('--gradescope: is for one submission')
+    outputs = [path for path in (arguments.json, arguments.csv, arguments.gradescope) if path]
+    for path in outputs:
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise GradingError('%s: its folder is not there: make it first' % path)
+        if os.path.isdir(path):
+            raise GradingError('%s: is a folder: give the name of a file' % path)
+        if os.path.isfile(path) and not arguments.overwrite:
+            raise GradingError('%s: is there already: give another name, or --overwrite' % path)
+    if len(set(map(os.path.realpath, outputs))) < len(outputs):
+        raise GradingError('%s: is given twice: give each output a file of its own' % outputs[-1])
+    arguments.submissions = list(dict.fromkeys(arguments.submissions))
     return arguments
 
 
-def run(arguments):
-    """Grade all, and print reports and, for more than one, a table."""
+def graded(arguments):
+    """Grade; return the results, the layers' kinds, and whether there was a sandbox."""
     jobs = max(1, min(arguments.jobs, len(arguments.submissions)))
-    runner = Runner(max(1, (os.cpu_count() or 1) // jobs))
-    work = tempfile.mkdtemp(prefix='grade-')
-    results, done = [], 0
+    work, begin = tempfile.mkdtemp(prefix='grade-'), time.monotonic()
     try:
-        facts = expect(runner, work, arguments)
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            waiting = [pool.submit(grade, runner, work, facts, index, arguments)
-                       for index in range(len(arguments.submissions))]
-            try:
-                for future in concurrent.futures.as_completed(waiting):
-                    done += 1
-                    result = future.result()
-                    say('%d of %d: %s: %d, %.0f s' % (done, len(waiting), result['submission'], result['score'],
-                                                      result['seconds']))
-            except BaseException:
-                runner.stopped.set()
-                for future in waiting:
-                    future.cancel()
-                raise
-        results = [future.result() for future in waiting]
+        box = Box([PROJECT, arguments.package, work] + arguments.submissions, not arguments.no_sandbox,
+                  max(1, (os.cpu_count() or 1) // jobs), arguments.memory, arguments.timeout)
+        if not box.options:
+            if arguments.sandbox:
+                raise GradingError('no sandbox: %s: install bubblewrap, or leave out --sandbox' % box.missing)
+            say('grading without a sandbox: %s' % ('as told' if arguments.no_sandbox else box.missing))
+        paths = arguments.image or [os.path.join(PROJECT, 'file', 'tulips_demo.jpg')]
+        seed = None if arguments.image else (
+            secrets.randbelow(10**6) if arguments.seed is None else arguments.seed)
+        try:
+            reference = Reference(os.path.abspath(arguments.package), work, paths, seed,
+                                  os.path.abspath(arguments.ckpt) if arguments.ckpt else None)
+        except Exception as error:    # the class of a checkpoint's or a picture's error is the package's own
+            raise GradingError(str(error) or type(error).__name__)
+        say('expected results for %s: %.0f s' % (
+            ' and '.join(picture.title for picture in reference.pictures), time.monotonic() - begin))
+        grading = Grading(arguments, work, box, reference)
+        return grading.all(jobs), reference.kinds, bool(box.options)
     finally:
-        runner.stopped.set()
         shutil.rmtree(work, ignore_errors=True)
-    for result in results:
-        print('\n'.join(report(result, facts)), end='\n' if len(results) == 1 else '\n\n')
-    if len(results) > 1:
-        width = max(len(result['submission']) for result in results)
-        for result in results:
-            reason = next((reason for _, _, reason in result['stages'] if reason), '')
-            print(('%-*s  %3d  %5.0f s  %s' % (width, result['submission'], result['score'], result['seconds'],
-                                             reason)).rstrip())
-    if arguments.json:
-        with open(arguments.json + '.part', 'w') as file:
-            json.dump({'expected': facts, 'submissions': results}, file, indent=1)
-        os.replace(arguments.json + '.part', arguments.json)
+
+
+def gathered(paths):
+    """The results of gradings that --json wrote."""
+    results = []
+    for path in paths:
+        try:
+            with open(path, encoding='utf-8') as file:
+                results += json.load(file)['submissions']
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GradingError('%s: is not what --json wrote (%s)' % (path, line_of(error)))
+    return results
+
+
+def run(arguments):
+    """Grade, or gather, and print reports and, for more than one, a table; return the exit status."""
+    if arguments.table:
+        results = gathered(arguments.table)
+    else:
+        results, kinds, sandbox = graded(arguments)
+        texts = ['\n'.join(report(result, kinds, sandbox)) for result in results]
+        print('\n\n'.join(texts) + ('\n' if len(texts) > 1 else ''))
+    if arguments.table or len(results) > 1:
+        print('\n'.join(table(results)))
+    for path, write in ((arguments.json, lambda file: json.dump({'submissions': results}, file, indent=1)),
+                        (arguments.csv, lambda file: write_csv(file, results)),
+                        (arguments.gradescope, lambda file: json.dump(gradescope(results[0], texts[0]), file, indent=1))):
+        if path:
+            written(path, write)
+    return 1 if any(result['score'] < arguments.fail_below for result in results) else 0
 
 
 def main(argv=None):
     """Run the command; return its exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # the workers have to end with this process
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # what was started has to end with this process
     try:
-        run(parse(argv))
-        return 0
+        return run(parse(argv))
     except GradingError as error:
         say(str(error))
         return 2
