@@ -1,6 +1,4 @@
 """VGG16 as an ordered dict of layers, handbook 2.2.2 and 2.5.3."""
-import numpy as np
-
 from layer import ConvolutionLayer, FlattenLayer, FullyConnectLayer, MaxPoolLayer, ReluLayer
 
 
@@ -110,8 +108,7 @@ class VGG16(object):
             Logits.
         """
         for name in self.graph_layers.keys():
-            mean, total = _mean_and_sum(x)
-            print(f'forward: {name}: {mean} {total}')
+            print(f'forward: {name}: {x.mean()} {x.sum()}')
             x = self.graph_layers[name].forward(x)
         return x
 
@@ -128,8 +125,7 @@ class VGG16(object):
         ndarray (N, 3, 224, 224), float64
         """
         for name in reversed(list(self.graph_layers.keys())):
-            mean, total = _mean_and_sum(grad)
-            print(f'backward: {name}: {mean} {total}')
+            print(f'backward: {name}: {grad.mean()} {grad.sum()}')
             grad = self.graph_layers[name].backward(grad)
         return grad
 
@@ -197,12 +193,6 @@ class VGG16(object):
                 ('outputs of all layers', outputs, '%.1f MiB as float32, for one picture' % (outputs * 4 / 2**20))):
             lines.append('%-22s %15s   = %s' % (text, format(count, ','), size))
         return '\n'.join(lines)
-
-
-def _mean_and_sum(x):
-    """x.mean() and x.sum(), to the bit, in one pass: numpy's mean is its sum divided by the size."""
-    total = x.sum()
-    return total.dtype.type(total / np.intp(x.size)), total
 
 
 def _size(shape):
