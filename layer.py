@@ -54,7 +54,8 @@ def _numbers(name, array, shape=None):
 
 
 def _parameter(name, array):
-    """The array as float32 or float64: itself, or a copy if it holds numbers of another kind and loses none of them."""
+    """The array as float32 or float64: itself, or a copy where those hold exactly the numbers of another kind."""
+    array = np.asarray(array)
     if array.dtype in (np.float32, np.float64) and array.dtype.isnative:
         return array
     kind = np.float32 if array.dtype.kind == 'f' and array.dtype.itemsize <= 4 else np.float64
@@ -203,7 +204,7 @@ class ConvolutionLayer(object):
     @staticmethod
     @jit(nopython=True, parallel=True)
     def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
-        # 公式的每一项：读哪个数，乘哪个权重 / every term of the formula: which number it reads, which weight it takes
+        # 公式的每一项：读哪个数，乘哪个权重 / each term of the formula: which number it reads, which weight it takes
         x, row, taps, tiles = _terms(outputs, inputs_pad, weight, bias, kernel_size, stride)
         # 每块由一个线程算完 / a tile is one thread's
         for tile in prange(tiles):
@@ -218,7 +219,7 @@ class ConvolutionLayer(object):
         x, row, nothing = _room_for_frame(out_grad, in_grad, weight, kernel_size, stride)
         for plane in prange(out_grad.shape[0] * out_grad.shape[1]):
             _put_into_frame(np.int64(plane), out_grad, x, row)
-        # 步长为 S 时，输入梯度分成 S * S 部分，各有各的项 / with a stride, each of S * S parts of in_grad has terms of its own
+        # 步长为 S 时，in_grad 分成 S * S 部分，各有各的项 / with a stride, S * S parts of in_grad have terms of their own
         for part in range(stride * stride):
             grads, taps, tiles = _terms_back(part, out_grad, in_grad, kernel_size, stride)
             for tile in prange(tiles):
@@ -235,8 +236,8 @@ def _check_fit(height, width, kernel_size):
 def _terms(outputs, inputs_pad, weight, bias, K, S):
     """What _conv's sum reads: x, the planes as one long line, `row` numbers a row; the taps; and the number of tiles.
 
-    With a stride, a plane is cut into S * S parts, so that what lies S apart becomes neighbours, and a step of the window
-    is a step of one: number (k, h * S + i, w * S + j) goes to part (k, i, j), row h, column w.
+    With a stride, a plane is cut into S * S parts, so that what lies S apart becomes neighbours, and a step of the
+    window is a step of one: number (k, h * S + i, w * S + j) goes to part (k, i, j), row h, column w.
     """
     batch, in_channels, height, width = inputs_pad.shape
     _check_conv(outputs.shape, inputs_pad.shape, weight.shape, len(bias) - len(weight), K, S)
@@ -321,7 +322,7 @@ VECTOR = 16          # numbers that a processor takes at a time, at most
 
 @jit(nopython=True)
 def _bands(shape, row):
-    """How many tiles there are for planes of a shape, in how many bands each plane, of how many positions: whole vectors."""
+    """(number of tiles for planes of a shape, bands of a plane, positions of a band: whole vectors)."""
     batch, channels, height, width = shape
     positions = max(0, (height - 1) * row + width)
     bands = (positions + BAND - 1) // BAND
@@ -348,7 +349,7 @@ def _sum_tile(tile, x, row, taps, weight, apart, bias, out):
     whole = (length + VECTOR - 1) // VECTOR * VECTOR
     line, w = x[n * (len(x) // batch) + first:], weight.reshape(weight.size)
 
-    sums = np.full(4 * PITCH + VECTOR, bias[0] + w[0] * x[0])    # what matters is the dtype, as precise as any of theirs
+    sums = np.full(4 * PITCH + VECTOR, bias[0] + w[0] * x[0])    # for the dtype of such a sum, not for its value
     sums = sums[-sums.ctypes.data % 64 // sums.itemsize:]    # a vector then lies in one line of the cache, not in two
     four = np.empty(4, np.int64)
     for c in range(4):
@@ -661,13 +662,17 @@ class FullyConnectLayer(object):
     weight = DrawnWhenRead()
 
     def __init__(self, in_features, out_features):
+        # 输入、输出各有几个数 / numbers read and numbers written
         self.in_features = _size('in_features', in_features)
         self.out_features = _size('out_features', out_features)
         self.weight = normal(loc=0.0, scale=0.01, size=(self.out_features, self.in_features))
         self.bias = np.zeros([self.out_features])
-        self.inputs = None       # of the last forward, copied: whoever made them may write into them
-        self.products = None     # what the gradients of the parameters are made of: inputs and out_grad of the last backward
-        self.gradients = None    # those, once they were read
+        # 上一次的输入：一份拷贝，原数组别人可以再写 / the last inputs, a copy: whoever made them may write into theirs
+        self.inputs = None
+        # 上一次反向传播的输入和梯度，以及由它们算出的参数梯度 / inputs and out_grad of the last backward, and the gradients of
+        # the parameters, once they were read
+        self.products = None
+        self.gradients = None
 
     def forward(self, inputs):
         inputs = _numbers('inputs', inputs, (None, self.in_features))

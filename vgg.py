@@ -64,7 +64,6 @@ class VGG16(object):
         self.create_graph()
 
     def create_graph(self):
-        """Name the layers and put them in order."""
         self.graph_layers = {
             'layer1_conv1': self.layer1_conv1, 'layer1_relu1': self.layer1_relu1,
             'layer1_conv2': self.layer1_conv2, 'layer1_relu2': self.layer1_relu2,
@@ -96,145 +95,67 @@ class VGG16(object):
         }
 
     def forward(self, x):
-        """Classify pictures, printing the mean and the sum of each layer's input.
-
-        Parameters
-        ----------
-        x : ndarray (N, 3, 224, 224), float32 or float64
-
-        Returns
-        -------
-        ndarray (N, num_classes), dtype of x
-            Logits.
-        """
+        """Logits (N, num_classes) of pictures x (N, 3, 224, 224); prints the mean and the sum of each layer's input."""
         for name in self.graph_layers.keys():
             print(f'forward: {name}: {x.mean()} {x.sum()}')
             x = self.graph_layers[name].forward(x)
         return x
 
     def backward(self, grad):
-        """Propagate back to the pictures, printing the mean and the sum of each layer's output gradient.
-
-        Parameters
-        ----------
-        grad : ndarray (N, num_classes), float32 or float64
-            Gradient of the logits of the last forward.
-
-        Returns
-        -------
-        ndarray (N, 3, 224, 224), float64
-        """
+        """Gradient of the pictures, from that of the logits; prints the mean and the sum of each layer's gradient."""
         for name in reversed(list(self.graph_layers.keys())):
             print(f'backward: {name}: {grad.mean()} {grad.sum()}')
             grad = self.graph_layers[name].backward(grad)
         return grad
 
     def resume_weights(self, ckpt):
-        """Load a checkpoint and say so after each layer.
-
-        Parameters
-        ----------
-        ckpt : dict
-            {layer name: {'weight': ndarray, 'bias': ndarray}}; the arrays are taken as they are, not copied.
-
-        Raises
-        ------
-        KeyError, AssertionError
-            For a name or a shape that is not the network's.
-        """
+        """Load {layer name: {'weight': array, 'bias': array}}: the arrays as they are, not copies."""
         for name, params in ckpt.items():
             self.graph_layers[name].load_params(params['weight'], params['bias'])
             print('reloaded success')
 
-    def summary(self, input_shape=(3, 224, 224)):
-        """Parameters and operations, layer by layer, from shapes alone: no weight is drawn and nothing computed.
 
-        A layer's parameters are its weights and biases.  Its operations are multiply-accumulates (MACs) of weights:
-        each weight takes part once in every output that it serves, which are all H_out * W_out positions of a plane
-        in a convolution, and one number in a fully connected layer.
+def count(layer, shape):
+    """(output shape, parameters, multiply-accumulates) of a layer that is given one picture, or row, of this shape.
 
-        Parameters
-        ----------
-        input_shape : tuple of int
-            Channels, height and width of one picture.
-
-        Returns
-        -------
-        str
-            A table, its totals, and the memory that parameters and layer outputs take as float32.
-
-        Raises
-        ------
-        ValueError
-            If a layer cannot take what the layer before it gives.
-        """
-        rows, shape = [], tuple(input_shape)
-        for name, layer in self.graph_layers.items():
-            if not _takes(layer, shape):
-                raise ValueError('%s: cannot take an input of %s' % (name, _text(shape)))
-            window, out, weights, biases, served = _count(layer, shape)
-            rows.append((name, shape, out, window, weights + biases, weights * served))
-            shape = out
-        parameters, macs = sum(row[4] for row in rows), sum(row[5] for row in rows)
-        outputs = sum(_size(row[2]) for row in rows)
-
-        line = '%-16s%-17s%-17s%-7s%12s%9s%16s%9s'
-        head = line % ('layer', 'input', 'output', 'K P S', 'parameters', 'share', 'MACs', 'share')
-        lines = [head, '-' * len(head)]
-        for name, shape, out, window, *counts in rows:
-            cells = [name, _text(shape), _text(out), window]
-            for count, total in zip(counts, (parameters, macs)):
-                cells += [format(count, ','), '%.2f %%' % (100 * count / total)] if count else ['', '']
-            lines.append((line % tuple(cells)).rstrip())
-        lines.append('-' * len(head))
-        for text, count, size in (
-                ('parameters', parameters, '%.1f MiB as float32' % (parameters * 4 / 2**20)),
-                ('multiply-accumulates', macs, '%.2f GFLOP at 2 FLOPs each; weights only' % (macs * 2 / 1e9)),
-                ('outputs of all layers', outputs, '%.1f MiB as float32, for one picture' % (outputs * 4 / 2**20))):
-            lines.append('%-22s %15s   = %s' % (text, format(count, ','), size))
-        return '\n'.join(lines)
-
-
-def _size(shape):
-    """How many numbers a shape holds."""
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _text(shape):
-    return ' x '.join(str(length) for length in shape)
-
-
-def _takes(layer, shape):
-    """Whether the layer can be given one picture of this shape."""
+    Parameters are weights and biases.  A weight is multiplied once for each output that it serves: for H_out * W_out
+    positions of a plane in a convolution, for one number in a fully connected layer.  Nothing is drawn or computed.
+    """
     if isinstance(layer, FullyConnectLayer):
-        return shape == (layer.in_features,)
-    if isinstance(layer, ReluLayer):
-        return True
+        weights = layer.out_features * layer.in_features
+        return (layer.out_features,), weights + layer.out_features, weights
     if isinstance(layer, FlattenLayer):
-        return len(shape) == 3
-    return (len(shape) == 3 and shape[0] == getattr(layer, 'in_channels', shape[0])
-            and min(shape[1:]) + 2 * getattr(layer, 'padding', 0) >= layer.kernel_size)
-
-
-def _count(layer, shape):
-    """(window as text, output shape, weights, biases, outputs that each weight serves) of a layer given `shape`."""
-    if isinstance(layer, FullyConnectLayer):
-        return '', (layer.out_features,), layer.out_features * layer.in_features, layer.out_features, 1
-    if isinstance(layer, FlattenLayer):
-        return '', (_size(shape),), 0, 0, 0
+        return (shape[0] * shape[1] * shape[2],), 0, 0
     if isinstance(layer, ReluLayer):
-        return '', shape, 0, 0, 0
-    K, S = layer.kernel_size, layer.stride
-    P = getattr(layer, 'padding', 0)
+        return shape, 0, 0
+    K, S, P = layer.kernel_size, layer.stride, getattr(layer, 'padding', 0)
     height, width = (shape[1] + 2 * P - K) // S + 1, (shape[2] + 2 * P - K) // S + 1
     if isinstance(layer, MaxPoolLayer):
-        return '%d - %d' % (K, S), (shape[0], height, width), 0, 0, 0
-    return ('%d %d %d' % (K, P, S), (layer.out_channels, height, width),
-            layer.out_channels * layer.in_channels * K * K, layer.out_channels, height * width)
+        return (shape[0], height, width), 0, 0
+    weights = layer.out_channels * layer.in_channels * K * K
+    return (layer.out_channels, height, width), weights + layer.out_channels, weights * height * width
+
+
+def summary(model, shape=(3, 224, 224)):
+    """The answer to the handbook's first question, layer by layer: a table as text."""
+    line = '%-16s%-17s%-17s%13s%9s%16s%9s'
+    rows = []
+    for name, layer in model.graph_layers.items():
+        out, parameters, macs = count(layer, shape)
+        rows.append((name, shape, out, parameters, macs))
+        shape = out
+    totals = [sum(row[column] for row in rows) for column in (3, 4)]
+    lines = [line % ('layer', 'input', 'output', 'parameters', 'share', 'MACs', 'share')]
+    for name, shape, out, *counts in rows:
+        cells = [name, ' x '.join(map(str, shape)), ' x '.join(map(str, out))]
+        for number, total in zip(counts, totals):
+            cells += ['{:,}'.format(number), '%.2f %%' % (100 * number / total)] if number else ['', '']
+        lines.append((line % tuple(cells)).rstrip())
+    lines[1:1] = ['-' * len(lines[0])]
+    lines += [lines[1], '{:,} parameters, {:,.1f} MiB as float32'.format(totals[0], totals[0] * 4 / 2**20),
+              '{:,} multiply-accumulates of weights, {:.2f} GFLOP'.format(totals[1], totals[1] * 2 / 1e9)]
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':
-    print(VGG16().summary())
+    print(summary(VGG16()))
