@@ -205,10 +205,10 @@ class ConvolutionLayer(object):
     @jit(nopython=True, parallel=True)
     def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
         # 公式的每一项：读哪个数，乘哪个权重 / each term of the formula: which number it reads, which weight it takes
-        x, row, taps, tiles = _terms(outputs, inputs_pad, weight, bias, kernel_size, stride)
+        x, row, taps, w, tiles = _terms(outputs, inputs_pad, weight, bias, kernel_size, stride)
         # 每块由一个线程算完 / a tile is one thread's
         for tile in prange(tiles):
-            _sum_tile(np.int64(tile), x, row, taps, weight, weight[0].size, bias, outputs)
+            _sum_tile(np.int64(tile), x, row, taps, w, weight[0].size, bias, outputs)
         return outputs
 
     @staticmethod
@@ -216,14 +216,14 @@ class ConvolutionLayer(object):
     def _conv_back(out_grad, in_grad, weight, kernel_size, stride):
         # 同一个求和：梯度放进零框，窗口倒过来，输入输出互换
         # the same sum: the gradients in a frame of zeros, the window turned, inputs and outputs exchanged
-        x, row, nothing = _room_for_frame(out_grad, in_grad, weight, kernel_size, stride)
+        x, row, w, nothing = _room_for_frame(out_grad, in_grad, weight, kernel_size, stride)
         for plane in prange(out_grad.shape[0] * out_grad.shape[1]):
             _put_into_frame(np.int64(plane), out_grad, x, row)
         # 步长为 S 时，in_grad 分成 S * S 部分，各有各的项 / with a stride, S * S parts of in_grad have terms of their own
         for part in range(stride * stride):
             grads, taps, tiles = _terms_back(part, out_grad, in_grad, kernel_size, stride)
             for tile in prange(tiles):
-                _sum_tile(np.int64(tile), x, row, taps, weight, weight[0, 0].size, nothing, grads)
+                _sum_tile(np.int64(tile), x, row, taps, w, weight[0, 0].size, nothing, grads)
         return in_grad
 
 
@@ -234,7 +234,7 @@ def _check_fit(height, width, kernel_size):
 
 @jit(nopython=True)
 def _terms(outputs, inputs_pad, weight, bias, K, S):
-    """What _conv's sum reads: x, the planes as one long line, `row` numbers a row; the taps; and the number of tiles.
+    """(x, row, taps, w, tiles) of _conv's sum: planes and weights as long lines of numbers, and how many tiles there are.
 
     With a stride, a plane is cut into S * S parts, so that what lies S apart becomes neighbours, and a step of the
     window is a step of one: number (k, h * S + i, w * S + j) goes to part (k, i, j), row h, column w.
@@ -255,12 +255,12 @@ def _terms(outputs, inputs_pad, weight, bias, K, S):
         k, i, j = t // K // K, t // K % K, t % K
         taps[t, 0] = (((k * S + i % S) * S + j % S) * rows + i // S) * row + j // S
         taps[t, 1] = t
-    return np.ascontiguousarray(planes).reshape(planes.size), row, taps, _bands(outputs.shape, row)[0]
+    return _line(planes), row, taps, _line(weight), _bands(outputs.shape, row)[0]
 
 
 @jit(nopython=True)
 def _room_for_frame(out_grad, in_grad, weight, K, S):
-    """Room for what _conv_back's sum reads: x, the planes in frames of (K - 1) // S zeros; and a bias of zeros.
+    """(x, row, w, nothing) of _conv_back's sum: room for planes in frames of (K - 1) // S zeros, and a bias of zeros.
 
     The zeros at the end of a row are those at the start of the next, so that a row of x is as long as one of in_grad.
     """
@@ -272,7 +272,7 @@ def _room_for_frame(out_grad, in_grad, weight, K, S):
     for n in range(batch):
         for p in range(planes, planes + frame + VECTOR):
             x[n, p] = 0
-    return x.reshape(x.size), width + frame, np.zeros(in_grad.shape[1], in_grad.dtype)
+    return x.reshape(x.size), width + frame, _line(weight), np.zeros(in_grad.shape[1], in_grad.dtype)
 
 
 @jit(nopython=True)
@@ -290,8 +290,8 @@ def _put_into_frame(plane, out_grad, x, row):
 
 @jit(nopython=True)
 def _terms_back(part, out_grad, in_grad, K, S):
-    """A part of in_grad, the rows that leave d over when divided by S and the columns that leave e; its taps, which are
-    those with i % S == d and j % S == e; and the number of tiles."""
+    """(grads, taps, tiles) of _conv_back's sum for a part of in_grad: the rows that leave d over when divided by S and
+    the columns that leave e.  They meet the weights with i % S == d and j % S == e."""
     out_channels, height, width = out_grad.shape[1:]
     in_channels, frame, d, e, met = in_grad.shape[1], (K - 1) // S, part // S, part % S, 0
     rows, row = height + 2 * frame, width + frame
@@ -313,6 +313,11 @@ def _check_conv(outputs, inputs_pad, weight, biases, K, S):
             or outputs[0] != inputs_pad[0] or S < 1
             or inputs_pad[2] < (outputs[2] - 1) * S + K or inputs_pad[3] < (outputs[3] - 1) * S + K):
         raise ValueError('the shapes of planes, weight and bias do not fit each other, kernel_size and stride')
+
+
+@jit(nopython=True)
+def _line(numbers):
+    return np.ascontiguousarray(numbers).reshape(numbers.size)
 
 
 BAND = 512           # positions of a tile, at most: the sums of four channels stay in the fastest cache
@@ -347,9 +352,9 @@ def _sum_tile(tile, x, row, taps, weight, apart, bias, out):
     n, first, group = tile // groups // bands, tile // groups % bands * band, tile % groups * 4
     length = min(band, (height - 1) * row + width - first)
     whole = (length + VECTOR - 1) // VECTOR * VECTOR
-    line, w = x[n * (len(x) // batch) + first:], weight.reshape(weight.size)
+    line = x[n * (len(x) // batch) + first:]
 
-    sums = np.full(4 * PITCH + VECTOR, bias[0] + w[0] * x[0])    # for the dtype of such a sum, not for its value
+    sums = np.full(4 * PITCH + VECTOR, bias[0] + weight[0] * x[0])    # for the dtype of such a sum, not for its value
     sums = sums[-sums.ctypes.data % 64 // sums.itemsize:]    # a vector then lies in one line of the cache, not in two
     four = np.empty(4, np.int64)
     for c in range(4):
@@ -363,8 +368,8 @@ def _sum_tile(tile, x, row, taps, weight, apart, bias, out):
     while inside > 0 and taps[inside - 1, 0] + whole > len(line):
         inside -= 1
     inside -= inside % 3
-    _add_three_taps(sums, whole, line, taps[:inside], w, four)
-    _add_taps(sums, length, line, taps[inside:], w, four)
+    _add_three_taps(sums, whole, line, taps[:inside], weight, four)
+    _add_taps(sums, length, line, taps[inside:], weight, four)
 
     for c in range(min(4, channels - group)):
         for h in range(first // row, min(height, (first + length - 1) // row + 1)):
@@ -378,9 +383,9 @@ def _add_three_taps(sums, length, x, taps, weight, four):
     """sums[c * PITCH + p] += sum over taps t of weight[four[c] + taps[t, 1]] * x[taps[t, 0] + p], c < 4, p < length.
 
     Each x that is read serves four channels, each sum that is read and written serves three taps (a row of a 3 x 3
-    window): 12 multiply-adds for 7 numbers read and 4 written.  The 12 weights and what is in flight fit into 16 vector
-    registers.  Indices are unsigned, as a signed one could count from the end, and numba would look; and the loop's end
-    is visibly a multiple of VECTOR: nothing is left over.
+    window): 12 multiply-adds for 7 numbers read and 4 written.  More weights would not stay in the 16 vector registers
+    that a processor has at least.  Indices are unsigned, as a signed one could count from the end, and numba would look;
+    and the loop's end is visibly a multiple of VECTOR: no vector is left half full.
     """
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
     one, end = np.uint64(1), np.uint64(length // VECTOR * VECTOR)
