@@ -5,6 +5,7 @@ Standard output is the lab's transcript and nothing else; hints and errors go to
 import argparse
 import os
 import pickle
+import pickletools
 import re
 import sys
 import tempfile
@@ -114,9 +115,8 @@ def process_image(img_path):
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
-# np.save pickles a dict {layer: {'weight': ..., 'bias': ...}}, and a pickle can run any program when it is loaded.
-# So the few names that arrays and dicts need are answered by what stands here, and all others are refused.  numpy's
-# own ndarray and dtype would do more than hold numbers: told so, they take the bytes of a file for Python objects.
+# np.save pickles a dict {layer: {'weight': ..., 'bias': ...}}.  A pickle is a program, and Python's own unpickler runs
+# whatever it names.  It is not enough to admit numpy's arrays alone: told so, these take a file's bytes for objects.
 
 SHAPES = {    # of the weights; a bias has the first number
     'layer1_conv1': (64, 3, 3, 3), 'layer1_conv2': (64, 64, 3, 3),
@@ -136,66 +136,94 @@ STRANGERS = {    # modules whose objects are found in the place of arrays
     'datetime': 'holds dates beside its arrays: save the arrays alone'}
 
 
-class _Dtype(object):
-    """What a pickle says of a dtype."""
-
-    def __init__(self, name, *_):
-        self.name, self.order = name, '='
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-    def dtype(self):
-        """The dtype itself: of numbers, texts, dates, or objects, and of nothing that is made of these."""
-        name = self.order + self.name
-        if not re.match(r'[<>=|]([biufcSUmM]\d+|O[48])\Z', name):
-            raise InputError('holds an array of %s: float32 is expected' % name)
-        return np.dtype(object if 'O' in name else name)
+def _array(contents, kind, shape=(), fortran=False, array=None):
+    """An array of a pickle's contents, which have to be whole; if they are large, they are not copied."""
+    kind = ''.join(kind)    # byte order and type
+    if not re.match(r'[<>=|]([biufcSUmM]\d+|O[48])\Z', kind):
+        raise InputError('holds an array of %s: float32 is expected' % kind)
+    array, dtype = np.empty(0) if array is None else array, np.dtype(object if 'O' in kind else kind)
+    size = np.prod(shape, dtype=float) * (1 if dtype == object else dtype.itemsize)
+    if min(shape, default=0) < 0 or len(contents) != size:
+        raise ValueError('an array of another size')
+    array.__setstate__((1, shape, dtype, fortran, contents))
+    return array
 
 
-class _Array(np.ndarray):
-    """An array that looks at its state in a pickle before it takes it over."""
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, contents = state
-        dtype = dtype.dtype()
-        if len(contents) != np.prod(shape, dtype=float) * (1 if dtype == object else dtype.itemsize):
-            raise pickle.UnpicklingError('an array of another size')
-        super().__setstate__((1, shape, dtype, fortran, contents))
-
-
-class _Dict(dict):
-    """A dict; what an OrderedDict has beside its items (torch's `_metadata`) is left aside."""
-
-    def __setstate__(self, state):
-        pass
-
-
-def _array(contents, dtype, shape=(), order='C', axes=None):
-    """What numpy's _frombuffer makes: how arrays are pickled since protocol 5."""
-    array = _Array(0)
-    array.__setstate__((1, shape, dtype, order == 'F', contents if isinstance(contents, str) else bytes(contents)))
+def _array_of_buffer(contents, kind, shape, order, axes=None):
+    """How arrays are pickled since protocol 5."""
+    array = _array(bytes(contents), kind, shape, order == 'F')
     return array if axes is None else array.transpose(axes)
 
 
-class _Reader(pickle.Unpickler):
-    """An unpickler of dicts, arrays and numpy's numbers and texts."""
+def _dict(pairs=()):
+    pairs = list(pairs)
+    if not all(isinstance(key, (str, bytes, int, float)) for key, _ in pairs):    # others may take for ever to hash
+        raise ValueError('a key that is no name')
+    return dict(pairs)
 
-    KNOWN = {
-        'numpy.core.multiarray._reconstruct': lambda *_: _Array(0),    # whatever kind of array is named below
-        'numpy.ndarray': None, 'numpy.memmap': None, 'numpy.core.memmap.memmap': None,
-        'numpy.matrix': None, 'numpy.matrixlib.defmatrix.matrix': None,
-        'numpy.dtype': _Dtype, 'numpy.core.numeric._frombuffer': _array,
-        'numpy.core.multiarray.scalar': lambda dtype, contents: _array(contents, dtype).item(),
-        '_codecs.encode': lambda text, encoding: text.encode('latin-1'),
-        'collections.OrderedDict': _Dict, 'collections.defaultdict': lambda *_: _Dict(), 'builtins.dict': _Dict}
 
-    def find_class(self, module, name):
-        full = '%s.%s' % (module.replace('numpy._core', 'numpy.core'), name)
-        if full not in self.KNOWN:
-            program = 'asks to run %s, which no checkpoint needs: do not use it' % full
-            raise InputError(STRANGERS.get(full.split('.')[0], program))
-        return self.KNOWN[full]
+KNOWN = {    # what a name in a pickle stands for; None is never called, but told to others
+    'numpy.core.multiarray._reconstruct': lambda *_: np.empty(0), 'numpy.ndarray': None, 'numpy.memmap': None,
+    'numpy.core.memmap.memmap': None, 'numpy.matrix': None, 'numpy.matrixlib.defmatrix.matrix': None,
+    'numpy.dtype': lambda kind, *_: ['=', kind], 'numpy.core.numeric._frombuffer': _array_of_buffer,
+    'numpy.core.multiarray.scalar': lambda kind, contents: _array(contents, kind).item(),
+    '_codecs.encode': lambda text, encoding: text.encode('latin-1'), 'collections.OrderedDict': _dict,
+    'collections.defaultdict': lambda *_: {}, 'builtins.dict': None, '__builtin__.dict': None}
+CONSTANTS = {'NONE': lambda: None, 'NEWTRUE': lambda: True, 'NEWFALSE': lambda: False,
+             'EMPTY_DICT': dict, 'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple}
+TAKE = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'TUPLE': None, 'APPENDS': None,
+        'SETITEMS': None}
+
+
+def unpickle(file):
+    """What is pickled in a file: dicts, arrays, numbers and texts; nothing is called but what is KNOWN.
+
+    A pickle's instructions work on a stack and a memory.  Raises whatever those of a damaged file lead to.
+    """
+    stack, marks, memory = [], [], {}
+    for instruction, value, _ in pickletools.genops(file):
+        name = instruction.name
+        if name == 'PROTO' and value > pickle.HIGHEST_PROTOCOL:
+            raise InputError('was written by a newer Python (protocol %d): load it there, save it with np.save' % value)
+        if name in CONSTANTS:
+            stack.append(CONSTANTS[name]())
+        elif name in ('BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+            memory[len(memory) if value is None else value] = stack[-1]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            stack.append(memory[value])
+        elif name == 'MARK':
+            marks.append(len(stack))
+        elif name in TAKE:    # so many values, or all since the last mark
+            start = len(stack) - TAKE[name] if TAKE[name] else marks.pop()
+            taken, stack[start:] = stack[start:], []
+            if name.startswith('TUPLE'):
+                stack.append(tuple(taken))
+            elif name.startswith('APPEND'):
+                stack[-1].extend(taken)
+            else:
+                stack[-1].update(_dict(zip(taken[::2], taken[1::2])))
+        elif name in ('GLOBAL', 'STACK_GLOBAL'):
+            full = value.replace(' ', '.') if value else '%s.%s' % (stack.pop(-2), stack.pop())
+            full = full.replace('numpy._core', 'numpy.core')
+            if full not in KNOWN:
+                program = 'asks to run %s, which no checkpoint needs: do not use it' % full
+                raise InputError(STRANGERS.get(full.split('.')[0], program))
+            stack.append(KNOWN[full])
+        elif name == 'REDUCE':    # call the function below its arguments
+            stack[-2:] = [stack[-2](*stack[-1])]
+        elif name == 'BUILD':     # give a dtype its byte order, an array its contents; of all else only items matter
+            state = stack.pop()
+            if isinstance(stack[-1], np.ndarray):
+                _array(state[4], state[2], state[1], state[3], stack[-1])
+            elif isinstance(stack[-1], list):
+                stack[-1][0] = state[1]
+        elif name == 'POP':
+            stack.pop()
+        elif name not in ('PROTO', 'FRAME', 'STOP'):
+            if value is None:
+                raise ValueError('%s is not expected' % name)
+            stack.append(value)    # a number, a text, bytes
+    return stack.pop()
 
 
 def read_checkpoint(path):
@@ -215,16 +243,14 @@ def read_checkpoint(path):
                 raise InputError('is no .npy file (%s): save a dict with np.save' % error)
             if dtype != object:
                 raise InputError('holds an array of %s, not a dict of layers' % dtype)
-            return _Reader(file, encoding='latin1').load().item()    # that encoding: of arrays pickled by Python 2
+            content = unpickle(file)
+            return content[()] if isinstance(content, np.ndarray) else content
     except InputError as error:
         raise InputError('%s: %s' % (path, error))
     except OSError as error:
         raise InputError('%s: cannot be read (%s)' % (path, error.strerror))
-    except Exception as error:    # whatever damaged bytes make an unpickler raise
-        text = 'is cut short or damaged (%s): fetch it again'
-        if 'unsupported pickle protocol' in str(error):
-            text = 'was written by a newer Python (%s): load it there, and save it with np.save'
-        raise InputError('%s: %s' % (path, text % (str(error) or type(error).__name__)))
+    except Exception as error:    # whatever damaged bytes lead to
+        raise InputError('%s: is cut short or damaged (%r): fetch it again' % (path, error))
 
 
 def check(content, path):
@@ -233,24 +259,24 @@ def check(content, path):
     Raises InputError, naming path and layer; says on standard error what it had to rename, convert or leave aside.
     """
     def listed(names):
-        return ', '.join(names[:6]) + (' and %d more' % (len(names) - 6) if len(names) > 6 else '')
+        return ', '.join(names[:4]) + (' and %d more' % (len(names) - 4) if len(names) > 4 else '')
 
     if not isinstance(content, dict):
         raise InputError('%s: a dict of layers expected, got %s' % (path, type(content).__name__))
     wanted = {name + part: shape if part == '.weight' else shape[:1]
               for name, shape in SHAPES.items() for part in ('.weight', '.bias')}
-    said, found, renamed = [], {}, []
-    if isinstance(content.get('state_dict'), dict):
-        content = content['state_dict']
-        said.append('the layers are those under state_dict')
-    for key, value in content.items():
+    found, renamed, converted = {}, [], []
+    inner = 'state_dict' if isinstance(content.get('state_dict'), dict) else ''
+    for key, value in content.get(inner, content).items():
         for part, array in value.items() if isinstance(value, dict) else [('', value)]:
-            name = re.sub(r'^module\.', '', ('%s.%s' % (key, part)).rstrip('.'))
+            words = [text.decode('latin-1') if isinstance(text, bytes) else str(text) for text in (inner, key, part)]
+            full = '.'.join(words).strip('.')
+            name = re.sub(r'^(state_dict\.)?(module\.)?', '', full)
             if name in found:
                 raise InputError('%s: has %s twice' % (path, name))
             found[name] = array
-            if name in wanted and key not in SHAPES:
-                renamed.append('%s is read as %s' % (key, name))
+            if name in wanted and (inner or key not in SHAPES):
+                renamed.append('%s as the %s of %s' % (full, *name.split('.')[::-1]))
     others = [name for name in found if name not in wanted]
     lacking = [name for name in wanted if name not in found]
     if lacking:
@@ -258,7 +284,7 @@ def check(content, path):
     if any(isinstance(found[name], np.ndarray) for name in others):
         raise InputError('%s: has unknown layers: %s' % (path, listed(others)))
 
-    ckpt, converted = {name: {} for name in SHAPES}, []
+    ckpt = {layer: {} for layer in SHAPES}
     for name, shape in wanted.items():
         array, (layer, part) = found[name], name.split('.')
         if not isinstance(array, np.ndarray):
@@ -268,16 +294,15 @@ def check(content, path):
                 path, name, array.dtype))
         if array.shape not in (shape, (1,) + shape):    # the latter: a bias that was a matrix
             raise InputError('%s: %s: shape %s expected, got %s' % (path, name, shape, array.shape))
-        with np.errstate(over='ignore'):    # is not finite then
+        with np.errstate(over='ignore'):    # it is not finite then
             ckpt[layer][part] = np.ascontiguousarray(array.reshape(shape), dtype=np.float32)
         if not np.isfinite(ckpt[layer][part]).all():
             raise InputError('%s: %s: has numbers that are not finite in float32' % (path, name))
         if array.dtype != np.float32 or not array.flags.c_contiguous:
             converted.append(name)
-    for text, names in ('%s', renamed), ('left aside: %s', others), ('converted to C-ordered float32: %s', converted):
-        said += [text % listed(names)] if names else []
-    for text in said:
-        print('%s: %s' % (path, text), file=sys.stderr)
+    for text, names in ('read %s', renamed), ('left aside: %s', others), ('converted to plain float32: %s', converted):
+        if names:
+            print('%s: %s' % (path, text % listed(names)), file=sys.stderr)
     return ckpt
 
 
