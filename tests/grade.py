@@ -301,6 +301,9 @@ def parse(argv):
     for folder in arguments.submissions + [arguments.package]:
         if not os.path.isdir(folder):
             raise GradingError('%s: is no folder: give the folder that holds layer.py and vgg.py' % folder)
+    for path in arguments.image or []:
+        if not os.path.isfile(path):
+            raise GradingError('%s: is no file: give a picture' % path)
     if arguments.gradescope and len(arguments.submissions) != 1:
         raise GradingError('--gradescope: is for one submission')
     outputs = [path for path in (arguments.json, arguments.csv, arguments.gradescope) if path]

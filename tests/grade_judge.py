@@ -232,9 +232,6 @@ class Examination(object):
         layers = [line_of(layer).split() for layer in header.get('layers', [])]
         if [layer[0] for layer in layers] == self.names:
             header, _ = self.request(do='load', parameters=self.reference.files)
-        names, _ = self.request(do='names')
-        self.has = names.get('has', [])
-        self.notes = self.notes or list(map(line_of, names.get('notes', [])))
         return layers, header.get('error')
 
     def ask(self, *arrays, **header):
@@ -470,6 +467,8 @@ class Examination(object):
         try:
             self.network()
             self.built, reference = None, self.reference
+            names, _ = self.request(do='look')
+            self.has, self.notes = names.get('has', []), list(map(line_of, names.get('notes', [])))
             shown = 'process_image' not in self.has or all([self.classified(shown) for shown in reference.shown])
             for index, picture in enumerate(reference.pictures):
                 logits, grad = None, None

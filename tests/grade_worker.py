@@ -86,7 +86,7 @@ class Student(object):
 
     def __init__(self, given, channel):
         self.given, self.channel = given, channel
-        self.network, self.layers, self.main, self.loss = None, {}, None, None
+        self.network, self.layers, self.has = None, {}, {}
 
     # -------------------------------------------------------------------------------------------- messages
 
@@ -158,15 +158,22 @@ class Student(object):
         for module in ('main', 'layer', 'loss'):
             try:
                 found.append(definitions(os.path.abspath('main.py')) if module == 'main' else __import__(module))
-                self.main = found[0] if module == 'main' else self.main
             except (Exception, SystemExit) as error:
                 notes.append('%s.py: %s' % (module, account(error)))
-        self.loss = next((module.CrossEntropy for module in found if hasattr(module, 'CrossEntropy')), None)
-        self.send(notes=notes, has=[name for name, thing in (
-            ('process_image', getattr(self.main, 'process_image', None)), ('CrossEntropy', self.loss)) if thing])
+        self.has = {name: getattr(module, name) for name in ('process_image', 'CrossEntropy')
+                    for module in reversed(found) if hasattr(module, name)}
+        return notes
+
+    def look(self):
+        self.send(notes=self.names(), has=list(self.has))
+
+    def named(self, name):
+        if not self.has:
+            self.names()
+        return self.has[name]
 
     def process_image(self, picture):
-        self.reply(self.main.process_image(os.path.join(self.given, picture)))
+        self.reply(self.named('process_image')(os.path.join(self.given, picture)))
 
     def one_pass(self, given, direction):
         """The network's own forward or backward, each layer shown to the judge."""
@@ -195,7 +202,7 @@ class Student(object):
         self.send([array for array in arrays if array.dtype.kind in 'fiub'], **error)
 
     def cross_entropy(self, logits, labels):
-        loss = self.loss()
+        loss = self.named('CrossEntropy')()
         value = np.mean(loss.forward(logits, labels))
         self.reply(loss.backward(), loss=float(value))
 

@@ -450,3 +450,200 @@ def test_score(name, results):
     if case.first_wrong:
         assert result['first_wrong'] and result['first_wrong'][:2] == case.first_wrong.split(), result['report']
         assert 'first wrong: %s, %s' % tuple(reversed(case.first_wrong.split())) in result['report']
+
+
+def test_compared():
+    """Rounding is right; one wrong number, a factor, another shape and what is not finite are not."""
+    expected = np.random.RandomState(1).randn(2, 3, 8, 8).astype(np.float32)
+    one, channel, frame, part = (expected.copy() for _ in range(4))
+    one[1, 2, 3, 4] += 0.001 * abs(expected).max()
+    channel[:, 1:] = 0
+    frame[:, :, [0, -1]] = frame[:, :, :, [0, -1]] = 0
+    part[:, [0, 2], :5] += 1
+    with np.errstate(all='ignore'):
+        infinite = expected / (expected == one)
+    for actual, words in [
+            (expected * (1 + 2e-6), None), (expected.astype(np.float64), None), (one, '(1, 2, 3, 4)'),
+            (expected * 1.01, '1.0100 times'), (expected * 1.002, '1.0020 times'), (-expected, '-1.0000 times'),
+            (expected * 0, 'all zeros'), (expected[:1], 'shape (1, 3, 8, 8), should be (2, 3, 8, 8)'),
+            (infinite, '1 of its numbers are not finite, the first at (1, 2, 3, 4)'), (expected[::-1], 'off by'),
+            (channel, 'channels 1 to 2 are zeros, the others are right'), (frame, 'right but for its outermost rows'),
+            (part, '42 % of its numbers are wrong'), (expected.swapaxes(2, 3), 'rows and columns are exchanged'),
+            (expected > 0, 'off by')]:
+        why, _ = grade_judge.compared('forward', '', actual, expected)
+        assert words in why if words else why is None, (words, why)
+
+
+def test_a_tie_may_go_either_way_and_nothing_else_may():
+    inputs = np.array([[1., 0, 5, 5], [0, 0, 3, 2], [-2, -3, 0, 7], [-4, -5, 7, 7 + 1e-5]])[None, None]
+    expected = np.array([[1., 0, 2, 0], [0, 0, 0, 0], [3, 0, 0, 4], [0, 0, 0, 0]])[None, None]
+
+    def wrong(kind, changes):
+        actual = expected.copy()
+        for h, w, value in changes:
+            actual[0, 0, h, w] = value
+        why, tied = grade_judge.compared('backward', kind, actual, expected, inputs)
+        assert tied == (why is None)
+        return why
+
+    pool, relu, conv = 'MaxPoolLayer', 'ReluLayer', 'ConvolutionLayer'
+    for changes in ([(0, 2, 0), (0, 3, 2)], [(2, 3, 0), (3, 3, 4)], [(2, 3, 0), (3, 2, 1), (3, 3, 3)]):
+        assert wrong(pool, changes) is None and wrong(conv, changes)
+    for changes in ([(0, 0, 0), (0, 1, 1)], [(0, 2, 0), (1, 2, 2)], [(0, 2, 0), (0, 3, 2.02)], [(2, 3, 0), (2, 2, 4)]):
+        assert wrong(pool, changes)
+    assert wrong(relu, [(0, 1, 6), (1, 0, -2)]) is None    # inputs of 0
+    assert wrong(relu, [(2, 0, 0)]) and wrong(relu, [(2, 1, 6)])
+
+
+def test_right_layers_after_a_wrong_one_are_not_blamed(results):
+    """`no padding` is wrong in one convolution: 36 layers are right, forward and backward, on the right input."""
+    found = results['no padding']['layers']
+    assert list(found['forward']) == ['layer3_conv2'] == list(found['backward'])
+    assert 'forward wrong in 1 of 13 ConvolutionLayers: layer3_conv2\n' in results['no padding']['report']
+    assert results['padding of ones']['layers']['forward'].keys() == results['missing bias']['layers']['forward'].keys()
+    assert len(results['missing bias']['layers']['forward']) == 13
+
+
+BEYOND = {
+    'the first image alone': ('outputs[:] = -np.inf', 'outputs[0] = -np.inf\n        inputs = inputs[:1]\n'
+                              '        outputs, whole = outputs[:1], outputs\n        argidx, indices = argidx[:1], argidx',
+                              'return outputs, argidx', 'return whole, indices'),
+    'a maximum that starts from 0': ('outputs[:] = -np.inf', 'outputs[:] = 0'),
+    '= for += where windows overlap': ('w * stride + j] += out_grad[n, c, h, w]', 'w * stride + j] = out_grad[n, c, h, w]'),
+    'without the stride': ('h * stride:h * stride + kernel_size, w * stride:w * stride + kernel_size] +=',
+                           'h:h + kernel_size, w:w + kernel_size] +='),
+}
+
+
+def test_beyond_the_rubric(package, tmp_path):
+    """What VGG16 has not got is noted, and costs nothing."""
+    cases = {name: Case(100, change=list(zip(changes[::2], changes[1::2]))) for name, changes in BEYOND.items()}
+    for name, result in results_of(cases, package, tmp_path, '--no-sandbox').items():
+        notes = [note for note in result['notes'] if note.startswith('beyond the rubric: ')]
+        assert result['score'] == 100 and any(name in note for note in notes), result['report']
+
+
+def test_outputs(package, tmp_path):
+    """A class with a copy in it: the table, JSON, CSV; pieces put together; Gradescope's file; the exit status."""
+    right, wrong, copy = (tmp_path / name for name in ('right', 'wrong', 'copy'))
+    write(right, package, Case(100))
+    write(wrong, package, CASES['missing bias'])
+    shutil.copytree(str(wrong), str(copy / 'EXP'))
+    table, pieces, marks = (tmp_path / name for name in ('all.csv', 'all.json', 'results.json'))
+    done = run(right, wrong, copy, '--csv', table, '--json', pieces, '--fail-below', 60, '--no-sandbox', *small(package))
+    assert done.returncode == 0, done.stderr
+    assert 'grading without a sandbox: as told' in done.stderr and '(0 s, without a sandbox)' in done.stdout
+    with open(str(table), newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['score'] for row in rows] == ['100', '60', '60']
+    assert rows[1]['first wrong layer'] == 'layer1_conv1, forward'
+    assert rows[1]['mistake'] == 'equals the formula without the bias' and rows[1]['backward'] == 'not reached'
+    assert rows[2]['the same files as'] == str(wrong) and 'the same files as ' + str(wrong) in done.stdout.split('\n')[-2]
+    scores = [result['score'] for result in json.loads(pieces.read_text())['submissions']]
+    assert scores == [100, 60, 60]
+
+    gathered = run('--table', pieces, pieces, '--csv', tmp_path / 'again.csv', '--fail-below', 80)
+    assert gathered.returncode == 1 and gathered.stdout == 2 * done.stdout[done.stdout.rindex('\n\n') + 2:]
+    assert len((tmp_path / 'again.csv').read_text().splitlines()) == 7
+
+    assert run(wrong, '--gradescope', marks, *small(package)).returncode == 0
+    found = json.loads(marks.read_text())
+    assert [(test['score'], test['max_score']) for test in found['tests']] == [(60, 60), (0, 20), (0, 20)]
+    assert found['score'] == 60 and 'first wrong: layer1_conv1, forward' in found['output']
+
+
+def test_one_submission(package, tmp_path):
+    """A report ends in the score; a folder in a folder is found; what is there is not overwritten unless told."""
+    write(tmp_path / 'nested', package, CASES['missing layer'])
+    (tmp_path / 'outer').mkdir()
+    os.rename(str(tmp_path / 'nested'), str(tmp_path / 'outer' / 'EXP'))
+    pieces = tmp_path / 'mine.json'
+    pieces.write_text('notes')
+    given = [tmp_path / 'outer', '--json', pieces] + small(package)
+    refused = run(*given)
+    assert (refused.returncode, refused.stdout, pieces.read_text()) == (2, '', 'notes')
+    assert refused.stderr == 'grade.py: %s: is there already: give another name, or --overwrite\n' % pieces
+    lines = graded('--overwrite', *given).split('\n')
+    assert lines[-2:] == ['score: 0', ''] and lines[0].startswith(str(tmp_path / 'outer')), lines
+    assert json.loads(pieces.read_text())['submissions'][0]['score'] == 0
+    assert 'score: 0' in graded(tmp_path / 'outer', '--csv', '/dev/stdout', *small(package))
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['nowhere'], 'nowhere: is no folder'),
+    (['.', '--json', os.path.join('nowhere', 'all.json')], 'its folder is not there'),
+    (['.', '--json', '.'], 'is a folder'),
+    (['.', '--json', 'a', '--csv', os.path.join('.', 'a')], 'is given twice'),
+    (['.', '..', '--gradescope', 'a'], 'is for one submission'),
+    (['.', '--image', 'nowhere.jpg'], 'nowhere.jpg'),
+    (['.', '--ckpt', 'nowhere.npy'], 'nowhere.npy'),
+    (['--table', 'nowhere.json'], 'nowhere.json: is not what --json wrote'),
+])
+def test_wrong_arguments(package, tmp_path, arguments, words):
+    given = list(map(str, small(package))) + arguments
+    done = run(*given, cwd=str(tmp_path))
+    said = [line for line in done.stderr.splitlines() if 'without a sandbox' not in line]
+    assert (done.returncode, done.stdout, len(said)) == (2, '', 1), done.stderr
+    assert said[0].startswith('grade.py: ') and words in said[0]
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_without_bubblewrap(package, tmp_path):
+    """bwrap that is not there or cannot start: said, and enough to refuse where a sandbox is asked for."""
+    write(tmp_path / 'li', package, Case(100))
+    (tmp_path / 'bwrap').write_text('#!/bin/sh\necho bwrap: No permissions >&2\nexit 1\n')
+    (tmp_path / 'bwrap').chmod(0o755)
+    for path, words in ((str(tmp_path), 'bwrap cannot start: bwrap: No permissions'), ('/nowhere', 'no bwrap on the path')):
+        environment = dict(os.environ, PATH=path)
+        done = run(tmp_path / 'li', *small(package), env=environment)
+        assert done.returncode == 0 and 'grade.py: grading without a sandbox: ' + words in done.stderr, done.stderr
+        assert 'without a sandbox' in done.stdout.split('\n')[0] and 'score: 100' in done.stdout
+        done = run(tmp_path / 'li', '--sandbox', *small(package), env=environment)
+        assert (done.returncode, done.stdout) == (2, '') and 'no sandbox: ' + words in done.stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('box', ['--no-sandbox', IN_SANDBOX])
+def test_an_interrupted_grading_leaves_no_process_and_no_file(package, tmp_path, box, number):
+    submission, temporary = tmp_path / 'submission', tmp_path / 'tmp'
+    submission.mkdir()
+    temporary.mkdir()
+    (submission / 'layer.py').write_text('')
+    (submission / 'vgg.py').write_text('open("running", "w").close()\nwhile True:\n    pass\n')
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a script that starts pytest with & has it ignored
+    process = subprocess.Popen([sys.executable, os.path.join(TESTS, 'grade.py'), str(submission), box] +
+                               list(map(str, small(package))), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               universal_newlines=True, env=dict(os.environ, TMPDIR=str(temporary)))
+    try:
+        while not list(temporary.glob('*/*/submission/running')) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err.split('\n')[-2]) == (130, '', 'grade.py: interrupted')
+    assert os.listdir(str(temporary)) == [] and not running(str(temporary)), running(str(temporary))
+
+
+def running(words):
+    """The processes that were started with these words."""
+    found = []
+    for path in glob.glob('/proc/[0-9]*/cmdline'):
+        try:
+            with open(path, 'rb') as file:
+                if words in file.read().replace(b'\0', b' ').decode(errors='replace'):
+                    found.append(path)
+        except OSError:    # it has just ended
+            pass
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not glob.glob(os.path.join(PROJECT, 'file', 'vgg16_*.np[yz]')), reason='needs the checkpoint')
+def test_the_package_itself(tmp_path):
+    """The whole network, in real time and memory limits."""
+    out = graded(PROJECT, '--json', tmp_path / 'all.json')
+    assert out.split('\n')[1:] == ['   60  built and loaded: yes', '   80  forward: yes', '  100  backward: yes',
+                                   'score: 100', '']
+    found = json.loads((tmp_path / 'all.json').read_text())
+    assert 'forward: layer1_conv1: ' in found['submissions'][0]['printed']
