@@ -139,11 +139,10 @@ STRANGERS = {    # modules whose objects are found in the place of arrays
 def _array(contents, kind, shape=(), fortran=False, array=None):
     """An array of a pickle's contents, which have to be whole; if they are large, they are not copied."""
     kind = ''.join(kind)    # byte order and type
-    if not re.match(r'[<>=|]([biufcSUmM]\d+|O[48])\Z', kind):
+    if not re.match(r'[<>=|][biufcSUmMO]\d+\Z', kind):
         raise InputError('holds an array of %s: float32 is expected' % kind)
-    array, dtype = np.empty(0) if array is None else array, np.dtype(object if 'O' in kind else kind)
-    size = np.prod(shape, dtype=float) * (1 if dtype == object else dtype.itemsize)
-    if min(shape, default=0) < 0 or len(contents) != size:
+    array, dtype = np.empty(0) if array is None else array, np.dtype(kind)
+    if len(contents) != np.prod(shape, dtype=float) * (1 if dtype == object else dtype.itemsize):
         raise ValueError('an array of another size')
     array.__setstate__((1, shape, dtype, fortran, contents))
     return array
@@ -266,17 +265,17 @@ def check(content, path):
     wanted = {name + part: shape if part == '.weight' else shape[:1]
               for name, shape in SHAPES.items() for part in ('.weight', '.bias')}
     found, renamed, converted = {}, [], []
-    inner = 'state_dict' if isinstance(content.get('state_dict'), dict) else ''
-    for key, value in content.get(inner, content).items():
+    inner = 'state_dict.' if isinstance(content.get('state_dict'), dict) else ''
+    for key, value in (content['state_dict'] if inner else content).items():
         for part, array in value.items() if isinstance(value, dict) else [('', value)]:
-            words = [text.decode('latin-1') if isinstance(text, bytes) else str(text) for text in (inner, key, part)]
-            full = '.'.join(words).strip('.')
-            name = re.sub(r'^(state_dict\.)?(module\.)?', '', full)
+            words = [text.decode('latin-1') if isinstance(text, bytes) else str(text) for text in (key, part)]
+            full = '.'.join(words).rstrip('.')
+            name = re.sub(r'^module\.', '', full)
             if name in found:
                 raise InputError('%s: has %s twice' % (path, name))
             found[name] = array
             if name in wanted and (inner or key not in SHAPES):
-                renamed.append('%s as the %s of %s' % (full, *name.split('.')[::-1]))
+                renamed.append('%s%s as the %s of %s' % (inner, full, *name.split('.')[::-1]))
     others = [name for name in found if name not in wanted]
     lacking = [name for name in wanted if name not in found]
     if lacking:

@@ -207,8 +207,7 @@ OTHERS = {    # content, what is said of it
     'OrderedDict': (OrderedDict((name, OrderedDict(layer)) for name, layer in small().items()), ''),
     'defaultdict': (defaultdict(dict, small()), ''),
     'state_dict of torch, as arrays': (Metadata(flat()), 'read first.weight as the weight of first'),
-    'np.str_ keys': ({np.str_(name): {np.str_(key): array for key, array in layer.items()}
-                      for name, layer in small().items()}, ''),
+    'np.str_ keys': ({np.str_(name): layer for name, layer in small().items()}, ''),
     'bytes for keys': ({name.encode(): layer for name, layer in small().items()}, 'read first.weight as the weight of'),
     'numbers beside the layers': (dict(small(), epoch=np.int64(3), loss=np.float32(0.5)), 'left aside: epoch, loss'),
     'numbers beside the arrays': (dict(small(), first=dict(small()['first'], s=np.float64(2))), 'left aside: first.s'),
@@ -216,7 +215,8 @@ OTHERS = {    # content, what is said of it
     'module.': ({'module.' + name: layer for name, layer in small().items()}, 'read module.first.weight as the'),
     'flat': (flat(), 'read first.weight as the weight of first'),
     'flat with module.': (flat('module.'), 'module.second.bias as the bias of second'),
-    'under state_dict': ({'state_dict': flat(), 'epoch': 3}, 'read state_dict.first.weight as the weight of first'),
+    'under state_dict': ({'state_dict': small()}, 'read state_dict.first.weight as the weight of first'),
+    'flat under state_dict': ({'state_dict': flat(), 'epoch': 3}, 'read state_dict.first.weight as the weight of first'),
 }
 
 
@@ -285,12 +285,10 @@ FALSE_DTYPE = (b'\x80\x03cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n
 ACCIDENTS = {
     'program': (as_npy(b'\x80\x04\x8c\5posix\x8c\6system\x93\x8c\7echo ha\x85R.'), 'asks to run posix.system'),
     'program of protocol 0': (as_npy(b"cos\nsystem\n(S'echo ha'\ntR."), 'asks to run os.system'),
-    'numpy name that is none of ours': (as_npy(b'cnumpy\nsave\n.'), 'asks to run numpy.save'),
     'objects made of bytes': (as_npy(FALSE_ARRAY), 'damaged'),
     'objects of a false dtype': (as_npy(FALSE_DTYPE), 'damaged'),
-    'sizes that wrap around': (npy({}).replace(b')cnumpy\n', b'(' + 4 * b'J\0\0\1\0' + b'tcnumpy\n'), 'damaged'),
+    'objects that are not there': (npy({}).replace(b')cnumpy\n', b'J\0\0\0\1\x85cnumpy\n'), 'damaged'),
     'empty': (b'', 'empty'),
-    'cut after the header': (npy(small())[:200], 'cut short or damaged'),
     'cut at the end': (npy(small())[:-3], 'cut short or damaged'),
     'not built': (as_npy(b'\x80\x03K\x01K\x02s.'), r'cut short or damaged \(\w'),
     'git lfs pointer': (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n', 'git lfs pull'),
@@ -307,8 +305,7 @@ ACCIDENTS = {
     'one layer twice': (changed(**{'module.first': layer()}), 'has first.weight twice'),
     'no bias': (changed(second={'weight': np.zeros((4, 5))}), 'lacks second.bias'),
     'list for an array': (changed(second=layer(weight=[[1.0]])), 'second.weight: an array expected, got list'),
-    'wrong shape': (changed(second=layer(weight=np.zeros((5, 4), np.float32))),
-                    r'second.weight: shape \(4, 5\) expected, got \(5, 4\)'),
+    'wrong shape': (changed(second=layer(weight=np.zeros((5, 4)))), r'second.weight: shape \(4, 5\) expected, got \(5, 4\)'),
     'nan': (changed(second=layer(bias=np.array([0, 1, np.nan, 2]))), 'second.bias: has numbers that are not finite'),
     'too large for float32': (changed(second=layer(bias=np.full(4, 1e300))), 'not finite in float32'),
     'whole numbers': (of_kind(int), 'second.weight: an array of int64, float32 is expected'),
@@ -316,11 +313,12 @@ ACCIDENTS = {
     'long doubles': (of_kind(np.longdouble), 'an array of float128, float32 is expected'),
     'dates': (of_kind('M8[D]'), 'an array of datetime64'),
     'objects': (of_kind(object), 'an array of object'),
-    'records': (of_kind('f4,f4'), r'an array of \|V8'),
+    'records': (of_kind('f4,f4'), r'holds an array of \|V8'),
     'a date': (changed(saved=datetime.date(2022, 8, 23)), 'holds dates'),
     'torch tensors': (as_npy(b'\x80\x03ctorch._utils\n_rebuild_tensor_v2\n.'), r'torch tensors: .*tensor.numpy\(\)'),
     'bfloat16': (as_npy(b'\x80\x03cml_dtypes\nbfloat16\n.'), r'bfloat16 .*astype\(np.float32\)'),
     'a dict that contains itself': (npy(ITSELF), 'first.weight: an array expected, got dict'),
+    'a key that takes for ever to hash': (as_npy(b'\x80\3}K\0q\x000' + 40 * b'h\0h\0\x86q\x000' + b'h\0K\1s.'), 'no name'),
     'a dict of 40 levels': (npy(DEEP), 'lacks first.weight, .*; it has a.a, a.b, b.a, b.b'),
 }
 
@@ -334,11 +332,11 @@ def test_accidents_get_one_clear_message(tmp_path, name, capfd):
     assert capfd.readouterr() == ('', '')
 
 
-def test_flipped_bytes_give_a_checkpoint_or_the_clear_error(tmp_path, monkeypatch):
+def test_flipped_bytes_give_a_checkpoint_or_the_clear_error(tmp_path):
     rng = np.random.RandomState(11)
     good = [npy(small(), protocol) for protocol in (2, 3, 4)] + [npy(content) for content, _ in OTHERS.values()]
     good += [content for content, _ in ACCIDENTS.values() if len(content) > 500]
-    outcomes = {'loaded': 0, 'refused': 0}
+    loaded = 0
     for trial in range(2000):
         content = bytearray(good[trial % len(good)])
         for _ in range(rng.randint(1, 4)):
@@ -347,7 +345,7 @@ def test_flipped_bytes_give_a_checkpoint_or_the_clear_error(tmp_path, monkeypatc
             del content[rng.randint(len(content)):]
         try:
             load(tmp_path, bytes(content))
-            outcomes['loaded'] += 1
+            loaded += 1
         except main.InputError:
-            outcomes['refused'] += 1
-    assert min(outcomes.values()) > 100
+            pass
+    assert 100 < loaded < 1900
