@@ -3,8 +3,8 @@
     python tests/grade.py SUBMISSION... [-j N] [--csv FILE] [--json FILE] [--gradescope FILE]
     python tests/grade.py --table FILE.json... [--csv FILE]
 
-A submission is a folder with a student's layer.py and vgg.py, and main.py and loss.py as far as they are there.  What is
-right is computed on the spot, by this package's own network, for a picture that nobody has seen, made of the demo
+A submission is a folder with a student's layer.py and vgg.py, and main.py and loss.py as far as they are there.  What
+is right is computed on the spot, by this package's own network, for a picture that nobody has seen, made of the demo
 picture and a random seed, or for secret ones: printing the expected text earns nothing.
 
     60    the graph of 37 layers is built in order and holds the checkpoint after resume_weights
@@ -16,10 +16,10 @@ relative to the tensor's sum of magnitudes; where two numbers tie, either way of
 the first wrong layer every other layer is examined on the right input, so that the report names what is wrong and
 not what follows from it.  The score counts the network as a whole.
 
-A submission runs in a process of its own, which is only asked for numbers (grade_judge.py), with limits to its time and
-memory, and where bubblewrap is installed (bwrap) in a sandbox that has no network and shows it nothing but Python and its
-own copy.  The exit status is 0 for a grading that worked, whatever the scores; 1 if one is below that of --fail-below;
-2 if nothing could be graded.
+A submission runs in a process of its own, which is only asked for numbers (grade_judge.py), with limits to its time
+and memory, and where bubblewrap is installed (bwrap) in a sandbox that has no network and shows it nothing but Python
+and its own copy.  The exit status is 0 for a grading that worked, whatever the scores; 1 if one is below that of
+--fail-below; 2 if nothing could be graded.  Linux and macOS; bubblewrap is for Linux.
 """
 import argparse
 import concurrent.futures
@@ -89,15 +89,11 @@ def copy_of(folder, target):
         shutil.copyfile(os.path.join(folder, path), os.path.join(target, path))
 
 
-def text_of(file, most=4000):
+def text_of(file):
     """What a process printed: its beginning and its end."""
-    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    text = file.read(most if size > 2 * most else 2 * most)
-    if size > 2 * most:
-        file.seek(-most, os.SEEK_END)
-        text += b'\n...\n' + file.read(most)
-    return text.decode('utf-8', errors='replace')
+    text = file.read().decode('utf-8', errors='replace')
+    return text if len(text) < 8000 else text[:4000] + '\n...\n' + text[-4000:]
 
 
 def verdict(examined, pictures):
@@ -107,8 +103,8 @@ def verdict(examined, pictures):
     -------
     dict
         score; stages: [points, title, why it was not reached or None]; first_wrong: [direction, layer, why] or None;
-        mistake: what explains it, or None; layers: {direction: {layer: why}}, wrong by themselves; mistakes: [direction,
-        layer, words]; notes.
+        mistake: what explains it, or None; layers: {direction: {layer: why}}, wrong by themselves;
+        mistakes: [direction, layer, words]; notes.
     """
     reasons = [examined.built]
     for direction in DIRECTIONS:
@@ -234,8 +230,8 @@ def write_csv(file, results):
     writer.writerow(['submission', 'score'] + [title for _, title in STAGES] +
                     ['first wrong layer', 'mistake', 'seconds', 'the same files as'])
     for result in results:
-        first = result['first_wrong']
-        writer.writerow([result['submission'], result['score']] + [reason or 'yes' for _, _, reason in result['stages']] +
+        first, reasons = result['first_wrong'], [reason or 'yes' for _, _, reason in result['stages']]
+        writer.writerow([result['submission'], result['score']] + reasons +
                         ['%s, %s' % (first[1], first[0]) if first else '', result['mistake'] or '', result['seconds'],
                          result['like'] or ''])
 
@@ -369,11 +365,12 @@ def run(arguments):
         print('\n\n'.join(texts) + ('\n' if len(texts) > 1 else ''))
     if arguments.table or len(results) > 1:
         print('\n'.join(table(results)))
-    for path, write in ((arguments.json, lambda file: json.dump({'submissions': results}, file, indent=1)),
-                        (arguments.csv, lambda file: write_csv(file, results)),
-                        (arguments.gradescope, lambda file: json.dump(gradescope(results[0], texts[0]), file, indent=1))):
-        if path:
-            written(path, write)
+    if arguments.json:
+        written(arguments.json, lambda file: json.dump({'submissions': results}, file, indent=1))
+    if arguments.csv:
+        written(arguments.csv, lambda file: write_csv(file, results))
+    if arguments.gradescope:
+        written(arguments.gradescope, lambda file: json.dump(gradescope(results[0], texts[0]), file, indent=1))
     return 1 if any(result['score'] < arguments.fail_below for result in results) else 0
 
 

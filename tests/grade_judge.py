@@ -1,8 +1,8 @@
 """Judging one submission: what is right, the student's process, and what comes out of it.
 
-Nothing of a submission is imported here.  Its process (grade_worker.py) is asked to make the network, to run a layer, and
-so on, and answers with numbers, which are compared with this package's own.  A reply that is late, malformed, too large or
-missing is a wrong answer of that layer; the rest is examined in a new process.
+Nothing of a submission is imported here.  Its process (grade_worker.py) is asked to make the network, to run a layer,
+and so on, and answers with numbers, which are compared with this package's own.  A reply that is late, malformed, too
+large or missing is a wrong answer of that layer; the rest is examined in a new process.
 """
 import os
 import shutil
@@ -17,11 +17,10 @@ import mistakes
 from compare import TOLERANCE
 from grade_process import Gone, line_of
 
-# Of the largest number, where TOLERANCE is of the sum of magnitudes.  Plain loops and float64 in the place of layer.py's
-# float32 come to 2.5e-6 wherever no tie is decided otherwise (see settled).
-TOLERANCE_OF_ONE = 1e-4
-NEARLY = 2e-5         # numbers that differ by less, relative to the largest, may be equal to another correct program
+TOLERANCE_OF_ONE = 1e-4    # of the largest number, where TOLERANCE is of the sum of magnitudes
+NEARLY = 2e-5              # numbers that differ by less, of the largest, may be equal to another correct program
 DIRECTIONS = ('forward', 'backward')
+LOCK = threading.Lock()    # not all of numba's threads can be started by two of this process at once
 
 
 # --------------------------------------------------------------------------------------------- comparing arrays
@@ -72,10 +71,10 @@ def compared(direction, kind, actual, expected, inputs=None):
             off = np.abs(settled(kind, actual - expected, inputs)).reshape(actual.shape)
             if small(off, expected, direction):
                 return None, True
+        worst, wrong = off.argmax(), off > TOLERANCE_OF_ONE * np.abs(expected).max()
         return '%s; at %s expected %.6g, found %.6g' % (
-            (mistakes.seen(actual, expected, off > TOLERANCE_OF_ONE * np.abs(expected).max(), off),
-             mistakes.place(off.argmax(), off.shape)) + tuple(array.reshape(-1)[off.argmax()] for array in (expected, actual))
-        ), False
+            mistakes.seen(actual, expected, wrong, off), mistakes.place(worst, off.shape), expected.reshape(-1)[worst],
+            actual.reshape(-1)[worst]), False
 
 
 # ------------------------------------------------------------------------------------------------ what is right
@@ -171,7 +170,6 @@ class Reference(object):
 
 # -------------------------------------------------------------------------------------------- one submission
 
-LOCK = threading.Lock()    # loops that several threads start at once are not for every layer of numba's
 class Wrong(Exception):
     """What is wrong with a network; the text says it."""
 
@@ -201,6 +199,7 @@ class Examination(object):
         self.end, self.patience = time.monotonic() + seconds, seconds / 4
         self.process, self.names, self.rng = None, list(reference.kinds), np.random.RandomState()
         self.forwarded = set()    # layers that this process has run forward on the right inputs
+        self.fatal = set()        # layers whose forward ends the process
         self.computed = set()     # (direction, layer) whose numbers are wrong
         self.built, self.has, self.notes, self.mistakes, self.passed = 'not reached', [], [], {}, {}
         self.wrong = {direction: {} for direction in DIRECTIONS}
@@ -306,6 +305,8 @@ class Examination(object):
                 break
         if not self.process:    # it is gone
             seen.add(current)
+            if direction == 'forward':
+                self.fatal.add(current)
             self.wrong[direction].setdefault(current, why)
         elif not self.wrong[direction]:
             last = picture.results[direction, self.names[-1 if direction == 'forward' else 0]]
@@ -317,10 +318,12 @@ class Examination(object):
     def alone(self, direction, name, picture):
         """A layer by itself, on the right inputs."""
         if direction == 'backward' and name not in self.forwarded:
-            self.alone('forward', name, picture)
+            why = self.wrong['forward'].get(name) if name in self.fatal else self.alone('forward', name, picture)[0]
+            if name in self.fatal:
+                return 'its forward %s' % why, {}, []
         reply = self.ask(picture.given[direction, name], do='layer', direction=direction, layer=name)
-        if direction == 'forward' and self.process:
-            self.forwarded.add(name)
+        if direction == 'forward':
+            (self.forwarded if self.process else self.fatal).add(name)
         return reply
 
     def run(self, index, direction, given):
@@ -467,18 +470,18 @@ class Examination(object):
         try:
             self.network()
             self.built, reference = None, self.reference
-            names, _ = self.request(do='look')
-            self.has, self.notes = names.get('has', []), list(map(line_of, names.get('notes', [])))
+            why, found, _ = self.ask(do='look')
+            self.has, self.notes = found.get('has', []), list(map(line_of, found.get('notes', ['main.py: %s' % why])))
             shown = 'process_image' not in self.has or all([self.classified(shown) for shown in reference.shown])
             for index, picture in enumerate(reference.pictures):
                 logits, grad = None, None
                 if self.passed.get(('forward', index - 1), True):
                     logits = self.run(index, 'forward', picture.tensor)
+                    self.passed['forward', index] &= shown
                 if self.passed.get(('backward', index - 1), True):
                     if logits is not None:
                         grad = self.loss_gradient(picture, logits)
                     self.run(index, 'backward', grad)
-            self.passed['forward', 0] &= shown
             self.diagnose()
             self.beyond()
         except (Wrong, Gone) as error:

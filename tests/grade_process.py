@@ -22,7 +22,7 @@ SYSTEM = ['/usr', '/bin', '/lib', '/lib32', '/lib64', '/etc/alternatives', '/etc
 USER = 2000000000       # and on: users that no system has, for what root lets run in a sandbox
 HEADER = 1 << 16        # bytes of a reply's header, at most
 REPLY = 1 << 28         # bytes of a reply's arrays, at most
-FILE = 1 << 28          # bytes of a file that a submission writes, at most
+FILE = 1 << 26          # bytes of a file that a submission writes, at most
 FORMS = {'error': str, 'layer': str, 'enter': str, 'loss': float, 'layers': list, 'notes': list, 'has': list}
 PROCESSES = 512         # and threads that it has, at most, beside all that run already
 

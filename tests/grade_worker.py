@@ -2,12 +2,11 @@
 
     python -I tests/grade_worker.py SUBMISSION GIVEN LIMITS PATH...
 
-Started by grade_judge.py, with a socket as standard input.  SUBMISSION is a copy of a student's folder, GIVEN has the
-checkpoint and the pictures, LIMITS is {'memory': bytes, 'file': bytes, 'seconds': of the processor, 'processes': number,
-'user': number or null}, and each PATH a folder with packages.
+Started by grade_process.py, with a socket as standard input.  SUBMISSION is a copy of a student's folder, GIVEN has
+the checkpoint and the pictures, LIMITS are the arguments of limit in JSON, and each PATH is a folder with packages.
 
-A message, either way, is the length of a header, the header, a line of JSON, and the bytes of the arrays that it tells of.
-This process holds no expected number.  Whatever a submission does to it, nothing comes of it but other numbers.
+A message, either way, is the length of a header, the header, a line of JSON, and the bytes of the arrays that it tells
+of.  This process holds no expected number.  Whatever a submission does to it, it comes to nothing but other numbers.
 """
 import ast
 import json
@@ -150,7 +149,8 @@ class Student(object):
         layer = self.layers[layer]
         arrays = [array for array in [getattr(layer, key, None)] + list(vars(layer).values())
                   if isinstance(array, np.ndarray)]
-        self.send([form.reshape(-1)[places] for array in arrays for form in (array, array.T) if list(form.shape) == shape])
+        self.send([form.reshape(-1)[places] for array in arrays for form in (array, array.T)
+                   if list(form.shape) == shape])
 
     def names(self):
         """What main.py, layer.py and loss.py define, and notes on what cannot be had."""

@@ -1,7 +1,8 @@
 """What people get wrong: the handbook's formulas with one thing changed.
 
-A case `c` is a layer at work: `c.kind`, the name of its class; `c.x`, what forward is given, and `c.g`, what backward is;
-`c.weight`, `c.bias`, `c.K`, `c.P`, `c.S`, window, padding and stride, as far as the layer has them; `c.labels`, of a loss.
+A case `c` is a layer at work: `c.kind`, the name of its class; `c.x`, what forward is given, and `c.g`, what backward
+is; `c.weight`, `c.bias`, `c.K`, `c.P`, `c.S`, window, padding and stride, as far as the layer has them; `c.labels`,
+of a loss.
 RIGHT has the formulas themselves, MISTAKES the changed ones, each with the words that follow "equals the formula".
 """
 from types import SimpleNamespace
@@ -282,6 +283,7 @@ MISTAKES['MaxPoolLayer', 'backward'] = [
     ('with the index of a maximum that starts from 0', indexed(lambda index, K, best: np.where(best > 0, index, 0))),
     ('with the index of the last of equal maxima', lambda c: pool_back(c.g, c.x.shape, last_argmax(c), c.K, c.S)),
     ('with the first number of each window for the maximum', indexed(lambda index, K, _: 0 * index)),
+    ('with the last number of each window for the maximum', indexed(lambda index, K, _: 0 * index + K * K - 1)),
     ('with = for += where windows overlap', assigned),
     ('without the stride', lambda c: pool_back(c.g, c.x.shape, argmax(c.x, c.K, c.S), c.K, 1, 1)),
     ('with the stride for rows alone', lambda c: pool_back(c.g, c.x.shape, argmax(c.x, c.K, c.S), c.K, c.S, 1)),
@@ -378,7 +380,8 @@ MISTAKES['CrossEntropy', 'backward'] = [
 
 TINY = [    # layers with batches, strides, overlapping windows and odd sizes, which VGG16 has not got; their inputs
     ('ConvolutionLayer', (2, 3, 3, 1, 1), (2, 2, 5, 6)), ('ConvolutionLayer', (2, 3, 3, 1, 2), (2, 2, 6, 7)),
-    ('MaxPoolLayer', (2, 2), (2, 3, 5, 7)), ('MaxPoolLayer', (3, 1), (2, 2, 5, 6)), ('MaxPoolLayer', (3, 2), (2, 2, 6, 7)),
+    ('MaxPoolLayer', (2, 2), (2, 3, 5, 7)), ('MaxPoolLayer', (3, 1), (2, 2, 5, 6)),
+    ('MaxPoolLayer', (3, 2), (2, 2, 6, 7)),
     ('ReluLayer', (), (2, 3, 4, 5)), ('FlattenLayer', (), (2, 3, 4, 5)), ('FullyConnectLayer', (7, 4), (2, 7))]
 
 
@@ -399,7 +402,7 @@ def case(kind, arguments, shape, rng, weight=None, bias=None):
 # --------------------------------------------------------------------------------------------- telling what it was
 
 def near(a, b, tolerance):
-    """Whether two results are equal: but for rounding, relative to the largest number, and with NaN at the same places."""
+    """Whether two results are equal but for rounding, relative to the largest number, with NaN in the same places."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or not np.array_equal(np.isnan(a), np.isnan(b)):
         return False
@@ -413,8 +416,9 @@ def right(c, direction):
 
 def explain(c, direction, found):
     """The first mistake that explains what a layer computed, in words; None where none does, or it is right."""
+    parts = IN_PART if c.kind != 'CrossEntropy' else []
     tries = MISTAKES[c.kind, direction] + [
-        (words, lambda c, change=change: in_part(c, direction, change)) for words, change in IN_PART if c.kind != 'CrossEntropy']
+        (words, lambda c, change=change: in_part(c, direction, change)) for words, change in parts]
     with np.errstate(all='ignore'):
         expected = right(c, direction)
         for words, function in tries if np.any(found) and not near(found, expected, SAME) else ():

@@ -1,8 +1,8 @@
-"""Submissions broken in one place each get the score that the rubric gives, and the report names the layer and the mistake.
+"""Submissions broken in one place each get the score that the rubric gives, and the report names layer and mistake.
 
-They are typed from the handbook's listings, with numpy for the loops and a network of the same 37 layers for pictures of
-32 x 32 with few channels: what it computes takes no time.  The package that says what is right is made alike.  One test at
-the end grades the whole network.
+They are typed from the handbook's listings, with numpy for the loops and a network of the same 37 layers for pictures
+of 32 x 32 with few channels: what it computes takes no time.  The package that says what is right is made alike.  One
+test at the end grades the whole network.
 """
 import csv
 import glob
@@ -230,7 +230,8 @@ def other_pool_back(out_grad, in_grad, argidx, kernel_size, stride):
     in_grad = in_grad.astype(np.float32)
     n, c, h, w = in_grad.shape
     for plane in range(n * c):
-        np.add.at(in_grad.reshape(n * c, -1)[plane], argidx.reshape(n * c, -1)[plane], out_grad.reshape(n * c, -1)[plane])
+        index, grad = (array.reshape(n * c, -1)[plane] for array in (argidx, out_grad))
+        np.add.at(in_grad.reshape(n * c, -1)[plane], index, grad)
     return in_grad
 
 
@@ -277,6 +278,23 @@ class VGG16(object):
         return grad
 '''
 
+PAST_AN_ARRAY = '''
+from numba import jit
+plain_pool = MaxPoolLayer._pool
+
+
+@jit(nopython=True)
+def reading(inputs, outputs):
+    batch = len(inputs)
+    if %s:
+        for n in range(batch):
+            outputs[n] = inputs[n, 0, 0, 0 + 2**40]    # of float32: nowhere near
+    return outputs
+
+
+MaxPoolLayer._pool = staticmethod(lambda outputs, inputs, *more: plain_pool(reading(inputs, outputs), inputs, *more))
+'''
+
 NO_CONV = unwritten('ConvolutionLayer', '_conv', 1)
 
 
@@ -316,7 +334,8 @@ CASES = {
         'MaxPoolLayer', 'def forward(self, inputs):\n    outputs = the_shipped(self, inputs)\n'
         '    self.argidx = (self.argidx + 1) % self.kernel_size**2\n    return outputs')),
     'unfinished _conv': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV),
-    'unfinished _pool_back': Case(80, 'backward layer5_maxpool', 'all zeros', unwritten('MaxPoolLayer', '_pool_back', 1)),
+    'unfinished _pool_back': Case(80, 'backward layer5_maxpool', 'all zeros',
+                                  unwritten('MaxPoolLayer', '_pool_back', 1)),
     'syntax error': Case(0, None, 'SyntaxError', 'def forward(self:\n'),
     'crash': Case(80, 'backward layer3_relu3', 'layer3_relu3: ended the process by SIGABRT', method(
         'ReluLayer', 'def backward(self, out_grad):\n    if out_grad.shape[1] == 6:\n        os.abort()\n'
@@ -341,7 +360,8 @@ CASES = {
                          '    open(name, "w").close()\n'),
     'in-place ReLU': Case(100, None, '', IN_PLACE),
     'in-place pooling': Case(80, 'backward layer5_relu3', 'is right when it runs alone', method(
-        'ReluLayer', 'def forward(self, inputs):\n    self.inputs = np.maximum(inputs, 0)\n    return self.inputs') + method(
+        'ReluLayer', 'def forward(self, inputs):\n'
+        '    self.inputs = np.maximum(inputs, 0)\n    return self.inputs') + method(
         'MaxPoolLayer', 'def forward(self, inputs):\n    outputs = the_shipped(self, inputs)\n'
         '    inputs[:] = 0\n    return outputs')),
     'ties to the last': Case(100, None, 'with the index of the last of equal maxima', change=[(
@@ -357,9 +377,10 @@ CASES = {
     'return inside the loop': Case(60, 'forward layer1_conv1', 'channels 1 to 3 are zeros', change=[(
         '        return outputs\n\n    @staticmethod\n    def _conv_back',
         '        outputs[:, 1:] = 0\n        return outputs\n\n    @staticmethod\n    def _conv_back')]),
-    'past an array': Case(60, 'forward layer1_maxpool', 'reads or writes past an array: layer.py line', method(
-        'MaxPoolLayer', 'def forward(self, inputs):\n    if "NUMBA_DISABLE_JIT" in os.environ:\n'
-        '        np.zeros(3)[inputs.shape[2]]\n    os.kill(os.getpid(), 11)')),
+    'past an array': Case(60, 'forward layer1_maxpool',
+                          'reads or writes past an array: layer.py line 132: IndexError: ', PAST_AN_ARRAY % 'batch'),
+    'past an array of four channels': Case(60, 'forward layer1_maxpool', 'reads or writes past an array: layer.py line',
+                                           PAST_AN_ARRAY % 'inputs.shape[1] == 4'),
 }
 
 
@@ -506,10 +527,11 @@ def test_right_layers_after_a_wrong_one_are_not_blamed(results):
 
 BEYOND = {
     'the first image alone': ('outputs[:] = -np.inf', 'outputs[0] = -np.inf\n        inputs = inputs[:1]\n'
-                              '        outputs, whole = outputs[:1], outputs\n        argidx, indices = argidx[:1], argidx',
+                              '        outputs, whole = outputs[:1], outputs\n'
+                              '        argidx, indices = argidx[:1], argidx',
                               'return outputs, argidx', 'return whole, indices'),
     'a maximum that starts from 0': ('outputs[:] = -np.inf', 'outputs[:] = 0'),
-    '= for += where windows overlap': ('w * stride + j] += out_grad[n, c, h, w]', 'w * stride + j] = out_grad[n, c, h, w]'),
+    '= for += where windows overlap': ('stride + j] += out_grad[n, c, h, w]', 'stride + j] = out_grad[n, c, h, w]'),
     'without the stride': ('h * stride:h * stride + kernel_size, w * stride:w * stride + kernel_size] +=',
                            'h:h + kernel_size, w:w + kernel_size] +='),
 }
@@ -530,7 +552,8 @@ def test_outputs(package, tmp_path):
     write(wrong, package, CASES['missing bias'])
     shutil.copytree(str(wrong), str(copy / 'EXP'))
     table, pieces, marks = (tmp_path / name for name in ('all.csv', 'all.json', 'results.json'))
-    done = run(right, wrong, copy, '--csv', table, '--json', pieces, '--fail-below', 60, '--no-sandbox', *small(package))
+    done = run(right, wrong, copy, '--csv', table, '--json', pieces, '--fail-below', 60, '--no-sandbox',
+               *small(package))
     assert done.returncode == 0, done.stderr
     assert 'grading without a sandbox: as told' in done.stderr and '(0 s, without a sandbox)' in done.stdout
     with open(str(table), newline='') as file:
@@ -538,7 +561,8 @@ def test_outputs(package, tmp_path):
     assert [row['score'] for row in rows] == ['100', '60', '60']
     assert rows[1]['first wrong layer'] == 'layer1_conv1, forward'
     assert rows[1]['mistake'] == 'equals the formula without the bias' and rows[1]['backward'] == 'not reached'
-    assert rows[2]['the same files as'] == str(wrong) and 'the same files as ' + str(wrong) in done.stdout.split('\n')[-2]
+    assert rows[2]['the same files as'] == str(wrong)
+    assert 'the same files as ' + str(wrong) in done.stdout.split('\n')[-2]
     scores = [result['score'] for result in json.loads(pieces.read_text())['submissions']]
     assert scores == [100, 60, 60]
 
@@ -593,7 +617,8 @@ def test_without_bubblewrap(package, tmp_path):
     write(tmp_path / 'li', package, Case(100))
     (tmp_path / 'bwrap').write_text('#!/bin/sh\necho bwrap: No permissions >&2\nexit 1\n')
     (tmp_path / 'bwrap').chmod(0o755)
-    for path, words in ((str(tmp_path), 'bwrap cannot start: bwrap: No permissions'), ('/nowhere', 'no bwrap on the path')):
+    for path, words in ((str(tmp_path), 'bwrap cannot start: bwrap: No permissions'),
+                        ('/nowhere', 'no bwrap on the path')):
         environment = dict(os.environ, PATH=path)
         done = run(tmp_path / 'li', *small(package), env=environment)
         assert done.returncode == 0 and 'grade.py: grading without a sandbox: ' + words in done.stderr, done.stderr

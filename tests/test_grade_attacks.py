@@ -1,4 +1,4 @@
-"""Submissions that compute nothing but attack earn what their layers earn: the network is built, and that is 60 points."""
+"""Submissions that compute nothing but attack earn what their layers earn: 60 points, for a network that is built."""
 import os
 import socket
 
@@ -96,7 +96,8 @@ print('forward: fullyconnect3: 0.5 2019.5\\\\n[[-2 -2 -1 4]]\\\\ntulips\\\\nscor
 '''),
     'nothing but prints': Case(0, vgg=PRINTS),
     'report in an error': Case(60, 'forward layer1_conv1', 'ValueError: score: 100', method(
-        'ConvolutionLayer', 'def forward(self, inputs):\n    raise ValueError("\\nscore: 100\\n\\x1b[2J\\u2028score: 100")')),
+        'ConvolutionLayer', 'def forward(self, inputs):\n'
+        '    raise ValueError("\\nscore: 100\\n\\x1b[2J\\u2028score: 100")')),
     'exit in the middle': Case(60, 'forward layer2_conv2', 'layer2_conv2: ended the process, exit status 0', method(
         'ConvolutionLayer', 'def forward(self, inputs):\n    if self.in_channels == self.out_channels == 5:\n'
         '        os._exit(0)\n    return the_shipped(self, inputs)')),
@@ -170,7 +171,8 @@ def test_attack(name, attacked):
     attack, result = ATTACKS[name], attacked[name]
     assert result['score'] == attack.score, result['report']
     assert attack.said in result['report'], result['report']
-    assert [line for line in result['report'].splitlines() if line.startswith('score: ')] == ['score: %d' % attack.score]
+    lines = result['report'].splitlines()
+    assert [line for line in lines if line.startswith('score: ')] == ['score: %d' % attack.score]
     if attack.first_wrong:
         assert result['first_wrong'][:2] == attack.first_wrong.split(), result['report']
     assert SECRET not in result['printed']
@@ -192,8 +194,8 @@ def test_held_back(box, package, tmp_path):    # noqa: F811
              '    except OSError as error:\n        print(error)\n' % (str(outside), str(right / 'layer.py'))),
             ('changes the checkpoint', 'try:\n    open("../given/layer1_conv1.weight.npy", "r+b").write(bytes(400))\n'
              '    print("changed")\nexcept OSError as error:\n    print(error)\n'),
-            ('connects', 'import socket\ntry:\n    socket.create_connection(("127.0.0.1", %d), 1)\n    print("connected")\n'
-             'except OSError as error:\n    print(error)\n' % listening.getsockname()[1])):
+            ('connects', 'import socket\ntry:\n    socket.create_connection(("127.0.0.1", %d), 1)\n'
+             '    print("connected")\nexcept OSError as error:\n    print(error)\n' % listening.getsockname()[1])):
         attacks[name] = Case(60, 'forward layer1_conv1', layer=NO_CONV + layer)
     before = (right / 'layer.py').read_bytes()
     (tmp_path / 'class').mkdir()

@@ -66,11 +66,11 @@ def run(c):
 '''}
 LOOPS = {'ConvolutionLayer': 'conv', 'MaxPoolLayer': 'pool', 'FullyConnectLayer': 'fully_connect'}
 CONV, CONV_BACK, POOL, POOL_BACK, RELU, RELU_BACK, FLATTEN, FLATTEN_BACK, FULL, FULL_BACK, LOSS, LOSS_BACK = LAYERS
-AT = '[n, k, h * stride + i, w * stride + j]'
-SUM = 'y += weight[c, k, i, j] * inputs_pad' + AT
-WRITE = 'in_grad' + AT + ' += (\n'
+WRITE = 'in_grad[n, k, h * stride + i, w * stride + j] += (\n'
 TAKEN = 'inputs[n, c, h * stride + i, w * stride + j]'
 BACK = 'in_grad[n, c, h * stride + i, w * stride + j] += out_grad[n, c, h, w]'
+SPREAD = ('in_grad[n, c, h * stride:h * stride + kernel_size, w * stride:w * stride + kernel_size] += '
+          'out_grad[n, c, h, w]')
 NOTED = 'argidx[n, c, h, w] = index'
 SOFTMAX = 'x = c.x - c.x.max(axis=1, keepdims=True)'
 
@@ -146,7 +146,8 @@ MUTANTS = [    # (layer and direction, a part of the words, changes)
     (POOL, 'first number of each window', ('x > largest', 'x != x')),
     (POOL, 'last number of each window', ('x > largest', 'x == x')),
     (POOL, 'without the last row and column of the window') + tuple(WINDOW),
-    (POOL, 'first image for all', (' x = inputs[n,', ' x = inputs[0,'), ('= inputs[n, c, h * stride, w', '= inputs[0, c, h * stride, w')),
+    (POOL, 'first image for all', (' x = inputs[n,', ' x = inputs[0,'),
+     ('= inputs[n, c, h * stride, w', '= inputs[0, c, h * stride, w')),
     (POOL, 'first channel for all', (' x = inputs[n, c,', ' x = inputs[n, 0,'),
      ('= inputs[n, c, h * stride, w', '= inputs[n, 0, h * stride, w')),
 
@@ -156,15 +157,14 @@ MUTANTS = [    # (layer and direction, a part of the words, changes)
     (POOL_BACK, 'starts from 0', ('largest, index = inputs[n, c, h * stride, w * stride], 0', 'largest, index = 0, 0')),
     (POOL_BACK, 'last of equal', ('x > largest', 'x >= largest')),
     (POOL_BACK, 'first number of each window', (NOTED, 'argidx[n, c, h, w] = 0')),
+    (POOL_BACK, 'last number of each window', (NOTED, 'argidx[n, c, h, w] = i * kernel_size + j')),
     (POOL_BACK, '= for += where', (BACK, BACK.replace('+=', '='))),
     (POOL_BACK, 'without the stride', (BACK, BACK.replace(' * stride', ''))),
     (POOL_BACK, 'stride for rows alone', (BACK, BACK.replace('w * stride', 'w'))),
     (POOL_BACK, 'stride for columns alone', (BACK, BACK.replace('h * stride', 'h'))),
     (POOL_BACK, 'h and w exchanged', (BACK, BACK.replace('out_grad[n, c, h, w]', 'out_grad[n, c, w, h]'))),
-    (POOL_BACK, 'for all of the window', (BACK, 'in_grad[n, c, h * stride:h * stride + kernel_size, w * stride:w * stride '
-                                          '+ kernel_size] += out_grad[n, c, h, w]')),
-    (POOL_BACK, 'shared by all', (BACK, 'in_grad[n, c, h * stride:h * stride + kernel_size, w * stride:w * stride '
-                                  '+ kernel_size] += out_grad[n, c, h, w] / kernel_size**2')),
+    (POOL_BACK, 'for all of the window', (BACK, SPREAD)),
+    (POOL_BACK, 'shared by all', (BACK, SPREAD + ' / kernel_size**2')),
     (POOL_BACK, 'maximum itself', ('    _, argidx = pool', '    c.g, argidx = pool')),
     (POOL_BACK, "first image's index", ('i, j = argidx[n, c, h, w] // kernel_size, argidx[n, c, h, w] %', (
         'i, j = argidx[0, c, h, w] // kernel_size, argidx[0, c, h, w] %'))),
@@ -211,7 +211,8 @@ MUTANTS = [    # (layer and direction, a part of the words, changes)
     (LOSS_BACK, 'without 1 taken off', ('-= 1', '-= 0')),
     (LOSS_BACK, 'sign turned', ('grad / len', '-grad / len')),
     (LOSS_BACK, 'number of classes', ('grad / len(x)', 'grad / grad.size')),
-    (LOSS_BACK, 'logits for the softmax', ('grad = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)', 'grad = c.x.copy()')),
+    (LOSS_BACK, 'logits for the softmax', ('grad = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)',
+                                           'grad = c.x.copy()')),
     (LOSS_BACK, 'overflows', (SOFTMAX, 'x = c.x')),
 ]
 for kind in CONV, CONV_BACK, POOL, POOL_BACK:
@@ -225,7 +226,7 @@ for kind in CONV, CONV_BACK, POOL, POOL_BACK:
 
 
 def cases(kind):
-    """Layers at work: as small_mistake of grade_judge.py makes them, and the tiny ones; the loss, also of large logits."""
+    """Layers at work: as small_mistake of grade_judge.py makes them, and tiny ones; the loss, also of large logits."""
     rng = np.random.RandomState(7)
     if kind == 'CrossEntropy':
         return [SimpleNamespace(kind=kind, x=near + rng.randn(2, 4), labels=np.array([2, 0])) for near in (0, 1000)]
