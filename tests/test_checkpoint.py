@@ -182,14 +182,12 @@ def test_every_way_in_which_numpy_pickles_an_array(tmp_path, protocol, change, c
         for array in layer.values():
             assert array.dtype == np.float32 and array.dtype.isnative and array.flags.carray
     if content['second']['weight'].dtype == np.float64:
-        assert 'converted' in capsys.readouterr().err
+        assert 'converted to plain float32: first.weight' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
 def test_module_names_of_both_numpys(tmp_path, core):
-    content = re.sub(br'numpy\._?core', core, npy(small(), 2))
-    assert core in content
-    assert_equal(load(tmp_path, content), small())
+    assert_equal(load(tmp_path, re.sub(br'numpy\._?core', core, npy(small(), 2))), small())
 
 
 class Metadata(OrderedDict):
@@ -215,8 +213,8 @@ OTHERS = {    # content, what is said of it
     'module.': ({'module.' + name: layer for name, layer in small().items()}, 'read module.first.weight as the'),
     'flat': (flat(), 'read first.weight as the weight of first'),
     'flat with module.': (flat('module.'), 'module.second.bias as the bias of second'),
-    'under state_dict': ({'state_dict': small()}, 'read state_dict.first.weight as the weight of first'),
-    'flat under state_dict': ({'state_dict': flat(), 'epoch': 3}, 'read state_dict.first.weight as the weight of first'),
+    'under state_dict': ({'state_dict': small()}, 'read state_dict.first.weight as the weight'),
+    'flat under state_dict': ({'state_dict': flat(), 'epoch': 3}, 'read state_dict.first.weight as the weight'),
 }
 
 
@@ -225,8 +223,8 @@ OTHERS = {    # content, what is said of it
 def test_what_is_certain_is_loaded_and_what_was_changed_is_said(tmp_path, name, protocol, capsys):
     content, words = OTHERS[name]
     assert_equal(load(tmp_path, npy(content, protocol)), small())
-    printed = capsys.readouterr()
-    assert words in printed.err and bool(words) == bool(printed.err) and printed.out == ''
+    out, err = capsys.readouterr()
+    assert words in err and bool(words) == bool(err) and out == ''
 
 
 def test_memory_maps_and_no_file(tmp_path):
@@ -305,7 +303,7 @@ ACCIDENTS = {
     'one layer twice': (changed(**{'module.first': layer()}), 'has first.weight twice'),
     'no bias': (changed(second={'weight': np.zeros((4, 5))}), 'lacks second.bias'),
     'list for an array': (changed(second=layer(weight=[[1.0]])), 'second.weight: an array expected, got list'),
-    'wrong shape': (changed(second=layer(weight=np.zeros((5, 4)))), r'second.weight: shape \(4, 5\) expected, got \(5, 4\)'),
+    'wrong shape': (changed(second=layer(weight=np.zeros((5, 4)))), r'weight: shape \(4, 5\) expected, got \(5, 4\)'),
     'nan': (changed(second=layer(bias=np.array([0, 1, np.nan, 2]))), 'second.bias: has numbers that are not finite'),
     'too large for float32': (changed(second=layer(bias=np.full(4, 1e300))), 'not finite in float32'),
     'whole numbers': (of_kind(int), 'second.weight: an array of int64, float32 is expected'),
@@ -318,7 +316,7 @@ ACCIDENTS = {
     'torch tensors': (as_npy(b'\x80\x03ctorch._utils\n_rebuild_tensor_v2\n.'), r'torch tensors: .*tensor.numpy\(\)'),
     'bfloat16': (as_npy(b'\x80\x03cml_dtypes\nbfloat16\n.'), r'bfloat16 .*astype\(np.float32\)'),
     'a dict that contains itself': (npy(ITSELF), 'first.weight: an array expected, got dict'),
-    'a key that takes for ever to hash': (as_npy(b'\x80\3}K\0q\x000' + 40 * b'h\0h\0\x86q\x000' + b'h\0K\1s.'), 'no name'),
+    'a key that is never hashed': (as_npy(b'\x80\3}K\0q\x000' + 40 * b'h\0h\0\x86q\x000' + b'h\0K\1s.'), 'no name'),
     'a dict of 40 levels': (npy(DEEP), 'lacks first.weight, .*; it has a.a, a.b, b.a, b.b'),
 }
 
