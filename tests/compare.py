@@ -25,14 +25,14 @@ TOLERANCE = {('forward', True): 1e-5, ('backward', True): 5e-5, ('forward', Fals
 
 KINDS = ('conv', 'relu', 'maxpool', 'flatten', 'fullyconnect')
 CAUSES = {
-    ('forward', 'conv'): 'the padding (zeros all around each plane), the bias, or the order of the indices in '
-                         'weight[c, k, i, j] * inputs_pad[n, k, h * S + i, w * S + j]',
-    ('forward', 'maxpool'): 'where a window starts (h * S, w * S) and ends, or a maximum that starts from 0',
+    ('forward', 'conv'): 'the padding (zeros all around each plane), the bias, or the order of the indices of the weight: '
+                         'output channel, input channel, row, column',
+    ('forward', 'maxpool'): 'where a window starts and ends, or a maximum that starts from 0',
     ('forward', 'relu'): 'max(0, x), element by element',
     ('forward', 'flatten'): 'the order: (N, C, H, W) to (N, C * H * W), row-major',
     ('forward', 'fullyconnect'): 'the weight is (out, in): inputs times its transpose, plus the bias',
-    ('backward', 'conv'): 'in_grad[n, k, h * S + i, w * S + j] has to add up, += not =, over all c; or the padding, '
-                          'which is cut off from the result',
+    ('backward', 'conv'): 'what an input gets from all the outputs that it took part in has to add up, += not =; or the '
+                          'padding, which is cut off from the result',
     ('backward', 'maxpool'): 'the argmax index: argidx has to lead back to the element that was the maximum',
     ('backward', 'relu'): 'the gradient passes where the input was positive, and is 0 elsewhere',
     ('backward', 'flatten'): 'the shape of the inputs, which forward has to note',
@@ -43,6 +43,7 @@ MOVERS = (('backward', 'maxpool'), ('forward', 'flatten'), ('backward', 'flatten
 PREPROCESSING = ('picture decoding or preprocessing: another picture, another JPEG decoder, BGR for RGB, the resizing, '
                  'or the mean and deviation')
 LOSS = 'CrossEntropy, or another label'
+PRINTED = {'logits': '`outputs`', 'class': '`CLASSES[pred]`', 'loss': '`loss`'}
 
 
 class TranscriptError(Exception):
@@ -77,35 +78,46 @@ def numbers(text):
         return None
 
 
-def parse(path):
+def lines_of(text):
     """The lines of a transcript that count.
 
     Returns
     -------
     OrderedDict
         {(direction, name): values}: mean and sum before each layer, and forward the logits, the class and the loss,
-        backward the mean and sum of the picture's gradient.
+        backward the mean and sum of the picture's gradient.  What has another form is the line's text.
     """
-    lines, text = OrderedDict(), text_of(path)
+    lines = OrderedDict()
     for match in re.finditer(r'^[ \t]*(forward|backward): (\w+): (.+)$', text, re.MULTILINE):
         values = numbers(match.group(3))
-        if values and len(values) == 2:
-            lines.setdefault(match.groups()[:2], values)
-    if not lines:
-        raise TranscriptError('%s: has no line like `forward: layer1_conv1: MEAN SUM`: '
-                              'give what main.py printed' % path)
-
-    between = re.search(r'\[\[([^][]*)\]\](.*?)(^[ \t]*backward: |\Z)', text, re.DOTALL | re.MULTILINE)
-    if between and numbers(between.group(1)):
-        lines['forward', 'logits'] = numbers(between.group(1))
-        rest = [line.strip(' \t\r[]') for line in between.group(2).split('\n')]
-        classes = [line for line in rest if re.match(r'[^\W\d]+$', line) and not numbers(line)]
-        losses = [values for values in map(numbers, rest) if values and len(values) == 1]
-        lines.update([(('forward', name), found[0]) for name, found in (('class', classes), ('loss', losses)) if found])
+        lines.setdefault(match.groups()[:2], values if values and len(values) == 2 else match.group(3))
+    between = re.search(r'^[ \t]*forward: fullyconnect3: .+$((?:\n(?![ \t]*backward: ).*)*)', text, re.MULTILINE)
+    if between:
+        logits = re.search(r'\[+([^][]*)\]+', between.group(1))
+        if logits:
+            lines['forward', 'logits'] = numbers(logits.group(1)) or ' '.join(logits.group().split())
+        for line in between.group(1)[logits.end() if logits else 0:].split('\n'):
+            line = line.strip(' \t\r[]')
+            values = numbers(line)
+            if values and len(values) == 1:
+                lines['forward', 'loss'] = values
+            elif re.match(r'([\w ]+[:=])?\W*[^\W\d]+\W*$', line) and not values:
+                lines.setdefault(('forward', 'class'), line)
+            elif re.search(r'\d\.\d', line):
+                lines.setdefault(('forward', 'loss'), line)
     if ('backward', 'layer1_conv1') in lines:
         pairs = [values for values in map(numbers, text[text.rfind('backward: '):].split('\n')[1:]) if values]
         lines.update([(('backward', 'picture'), values) for values in pairs if len(values) == 2][:1])
     return OrderedDict(sorted(lines.items(), key=lambda line: line[0][0] == 'backward'))
+
+
+def parse(path):
+    """The lines of a transcript that count, in a file."""
+    lines = lines_of(text_of(path))
+    if not any(isinstance(values, list) for values in lines.values()):
+        raise TranscriptError('%s: has no line like `forward: layer1_conv1: MEAN SUM`: '
+                              'give what main.py printed' % path)
+    return lines
 
 
 def magnitudes_of(expected, tensors):
@@ -142,23 +154,28 @@ def compare(lines, others, magnitudes):
     Returns
     -------
     list of dict
-        direction, name, expected, actual, error, verdict: same, ok (within the tolerance), WRONG, MISSING in ACTUAL,
-        or MISPLACED, which is a layer that EXPECTED does not have or that did not run in its turn.
+        direction, name, expected, actual, error, verdict: same, ok (within the tolerance), WRONG, FORM (the line is there,
+        but not as the handbook prints it), MISSING in ACTUAL, or MISPLACED, which is a layer that EXPECTED does not have
+        or that did not run in its turn.
     """
     magnitudes = dict(magnitudes)
     if ('forward', 'loss') in lines:    # softmax minus one-hot, where the probability of the label is exp(-loss)
         magnitudes.setdefault(('backward', 'fullyconnect3'), max(0.01, 2 - 2 * math.exp(-lines['forward', 'loss'][0])))
     rows = []
     for key in lines:
-        magnitude = magnitudes.get(key, abs(lines[key][1]) if len(lines[key]) == 2 else None)
+        pair = isinstance(lines[key], list) and len(lines[key]) == 2
+        magnitude = magnitudes.get(key, abs(lines[key][1]) if pair else None)
         row = {'direction': key[0], 'name': key[1], 'expected': lines[key], 'actual': others.get(key), 'error': None,
                'tolerance': TOLERANCE[key[0], key in magnitudes]}
         if key not in others:
             row['verdict'] = 'MISSING'
+        elif isinstance(others[key], str) and (key[1] != 'class' or re.search(r'\W', others[key])):
+            row['verdict'] = 'FORM'
         else:
             row['error'] = difference(lines[key], others[key], magnitude)
             row['verdict'] = 'same' if row['error'] == 0 else 'ok' if row['error'] <= row['tolerance'] else 'WRONG'
         rows.append(row)
+    others = {key: values for key, values in others.items() if key in lines or not isinstance(values, str)}
     common = [key for key in lines if key in others]
     turns = iter(common)
     for key in others:
@@ -188,6 +205,9 @@ def diagnosis(rows, direction):
         return '%s: %s is %s' % (direction, row['name'], {
             'MISSING': 'missing: the run ended before it, or the layer is not in the graph',
             'MISPLACED': 'not where it belongs: compare the graph with the expected order'}[row['verdict']])
+    if row['verdict'] == 'FORM':
+        return '%s: the line of %s has another form, %r: print %s, as the handbook does' % (
+            direction, row['name'], row['actual'], PRINTED.get(row['name'], 'mean and sum'))
     if row['name'] in ('class', 'loss'):
         return 'forward: all layers agree, but not the %s: %s' % (row['name'], {
             'class': 'it is CLASSES[np.argmax(outputs)]', 'loss': LOSS}[row['name']])
@@ -229,6 +249,15 @@ def table(rows):
                         (error, row['verdict']))
 
 
+def finite(value):
+    """The same for JSON, which has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main(argv=None):
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description='Compare two transcripts of main.py.')
@@ -245,7 +274,7 @@ def main(argv=None):
         return 2
     agree = all(map(agrees, rows))
     if arguments.json:
-        print(json.dumps({'agree': agree, 'summary': summary(rows), 'lines': rows}, indent=1))
+        print(json.dumps(finite({'agree': agree, 'summary': summary(rows), 'lines': rows}), indent=1, allow_nan=False))
     else:
         print('\n'.join(list(table(rows)) + [''] + summary(rows)))
     return 0 if agree else 1

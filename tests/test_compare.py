@@ -133,6 +133,29 @@ def test_lines_that_are_no_layers(files, capsys, old, new, words):
     assert status == 1 and words in out
 
 
+@pytest.mark.parametrize('old, new, name', [
+    ('[[ 7.000000 -1.5 0.25  3.125]]', '[[7.0, -1.5, 0.25, 3.125]]', 'logits'),
+    ('[[ 7.000000 -1.5 0.25  3.125]]', 'tensor([[ 7.0, -1.5,\n 0.25, 3.125]], dtype=float32)', 'logits'),
+    ('tulips', 'class: tulips', 'class'), ('tulips', "pred = 'tulips'", 'class'),
+    ('9.5', 'loss: 9.5', 'loss'), ('9.5', 'loss 9.5', 'loss'),
+    (transcript()[21], 'forward: %s: 0.5, 500.0' % LAYERS[5], LAYERS[5]),
+    (transcript()[90], 'backward: %s: 0.5' % LAYERS[36 - 90 + 56], LAYERS[36 - 90 + 56]),
+])
+def test_a_line_of_another_form_is_said_to_be_one(files, capsys, old, new, name):
+    other = [new if line == old else line for line in transcript()] + ['forward: here: debug']
+    status, out, _ = run(capsys, files('expected', transcript()), files('actual', other))
+    assert status == 1 and 'the line of %s has another form' % name in out, out
+    assert out.count(' FORM\n') == 1 and out.count(' same\n') == 77 and 'ended' not in out
+
+
+def test_a_run_that_ended_is_said_to_have_ended(files, capsys):
+    """A traceback in its place is no class."""
+    other = transcript()[:54] + ['Traceback (most recent call last):', '  File "main.py", line 3, in <module>',
+                                 "IndexError: tuple index [1.5] out of range"]
+    status, out, _ = run(capsys, files('expected', transcript()), files('actual', other))
+    assert status == 1 and 'forward: class is missing: the run ended before it' in out, out
+
+
 def test_a_missing_and_a_misplaced_layer(files, capsys):
     expected, other = files('expected', transcript()), transcript()
     status, out, _ = run(capsys, expected, files('cut', other[:30]))
@@ -142,6 +165,15 @@ def test_a_missing_and_a_misplaced_layer(files, capsys):
     assert status == 1 and 'is not where it belongs' in out
     extra = transcript() + ['backward: layer0_conv1: 1.0 2.0']
     assert run(capsys, expected, files('extra', extra))[0] == 1
+
+
+def test_json_has_null_for_what_is_no_number(files, capsys):
+    for number in ('nan nan', 'inf -inf'):
+        other = [line.replace('1e-05 1.5', number) for line in transcript()]
+        _, out, _ = run(capsys, files('expected', transcript()), files('actual', other), '--json')
+        found = json.loads(out, parse_constant=lambda constant: pytest.fail(constant))
+        row = next(line for line in found['lines'] if line['name'] == 'picture')
+        assert (row['verdict'], row['actual'], row['error']) == ('WRONG', [None, None], None)
 
 
 def test_json(files, capsys):
