@@ -384,9 +384,11 @@ def run(arguments):
     image = read_image(arguments.image)
     if arguments.picture:
         sys.path.append(os.path.join(HERE, 'tests'))
-        import picture    # only now: a run without it starts sooner
         try:
+            import picture    # only now: a run without it starts sooner
             picture.check_path(arguments.picture, arguments.overwrite, (arguments.image, arguments.ckpt))
+        except ImportError:
+            raise InputError('--picture needs tests/picture.py, which is not there')
         except ValueError as error:
             raise InputError(error)
     try:

@@ -274,8 +274,7 @@ DEEP = {}
 for _ in range(40):
     DEEP = {'a': DEEP, 'b': DEEP}
 
-# What has ndarray make an array of objects out of eight bytes, or tells a dtype to let it: what they point to would be
-# used as an object.
+# What has ndarray make an array of objects out of eight bytes, as if they were pointers, or tells a dtype to let it.
 FALSE_ARRAY = b'\x80\x03cnumpy\nndarray\n(K\x01\x85X\x01\x00\x00\x00OC\x08AAAAAAAAtR.'
 FALSE_DTYPE = (b'\x80\x03cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R(K\1)cnumpy\ndtype\n'
                b'X\x02\x00\x00\x00O8\x89\x88\x87R(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'

@@ -200,10 +200,13 @@ def test_a_network_that_is_not_finished_says_what_is_to_be_made(tmp_path):
     assert done.returncode == 1 and done.stdout == b''
 
 
-def test_the_loss_may_stand_in_layer_as_in_the_older_edition(tmp_path):
+def test_a_folder_without_loss_and_tests(tmp_path):
+    """The older edition of the course has its loss in layer.py."""
     for name in ('main.py', 'vgg.py', 'layer.py'):
         shutil.copy(os.path.join(main.HERE, name), str(tmp_path))
     with open(str(tmp_path / 'layer.py'), 'a') as file:
         file.write('\n\nclass CrossEntropy(object):\n    pass\n')
-    script = 'import main; print(main.CrossEntropy.__module__)'
-    assert subprocess.check_output([sys.executable, '-c', script], cwd=str(tmp_path)).split() == [b'layer']
+    script = 'import main; print(main.CrossEntropy.__module__); main.main([%r, "--picture", "a.png"])' % main.IMAGE
+    done = subprocess.run([sys.executable, '-c', script], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout.split() == [b'layer']
+    assert done.stderr.decode() == 'main.py: --picture needs tests/picture.py, which is not there\n'
