@@ -40,7 +40,7 @@ def forged(text):
 ATTACKS = {
     'builtins and modules replaced': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV + '''
 import builtins, sys, types
-builtins.all = builtins.any = builtins.max = builtins.min = builtins.abs = lambda *given: True
+builtins.abs = builtins.sum = builtins.round = lambda *given: 0
 for name in ('compare', 'mistakes', 'grade', 'grade_judge', 'grade_process', 'json', 'numpy.testing'):
     sys.modules[name] = types.SimpleNamespace(compared=lambda *given: (None, False), near=lambda *given: True)
 for thing in list(vars(sys.modules['__main__']).values()):
