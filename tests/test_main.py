@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from subprocess import PIPE
 
 import cv2
 import numpy as np
@@ -112,7 +113,7 @@ def test_ctrl_c_and_too_little_memory_end_it_in_a_line(quick, monkeypatch, capsy
 def test_it_finds_its_files_through_a_link_and_from_anywhere(tmp_path):
     link = str(tmp_path / 'link.py')
     os.symlink(SCRIPT, link)
-    done = subprocess.run([sys.executable, link, '--ckpt', 'absent.npy'], cwd=str(tmp_path), stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, link, '--ckpt', 'absent.npy'], cwd=str(tmp_path), stderr=PIPE)
     assert done.stderr.decode().startswith('main.py: absent.npy: cannot be read')    # and the demo picture can
 
 
@@ -195,7 +196,7 @@ def test_a_network_that_is_not_finished_says_what_is_to_be_made(tmp_path):
         lines = [line for line in file if not line.strip().startswith('self.layer2_conv1 =')]
     (tmp_path / 'vgg.py').write_text(''.join(lines))
     number = [n for n, line in enumerate(lines, 1) if "'layer2_conv1': self.layer2_conv1" in line]
-    done = subprocess.run([sys.executable, 'main.py'], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, 'main.py'], cwd=str(tmp_path), stdout=PIPE, stderr=PIPE)
     assert done.stderr.decode().splitlines() == ['main.py: layer2_conv1 is not made yet: vgg.py line %d' % number[0]]
     assert done.returncode == 1 and done.stdout == b''
 
@@ -207,6 +208,6 @@ def test_a_folder_without_loss_and_tests(tmp_path):
     with open(str(tmp_path / 'layer.py'), 'a') as file:
         file.write('\n\nclass CrossEntropy(object):\n    pass\n')
     script = 'import main; print(main.CrossEntropy.__module__); main.main([%r, "--picture", "a.png"])' % main.IMAGE
-    done = subprocess.run([sys.executable, '-c', script], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, '-c', script], cwd=str(tmp_path), stdout=PIPE, stderr=PIPE)
     assert done.stdout.split() == [b'layer']
     assert done.stderr.decode() == 'main.py: --picture needs tests/picture.py, which is not there\n'
