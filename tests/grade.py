@@ -26,6 +26,7 @@ import concurrent.futures
 import csv
 import glob
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -58,7 +59,8 @@ def say(text):
 def source_of(folder):
     """The folder with vgg.py: the submission itself, or the least deep folder in it that has one."""
     for pattern in ('', '*', os.path.join('*', '*')):
-        found = sorted(glob.glob(os.path.join(glob.escape(folder), pattern, 'vgg.py')))
+        found = sorted(path for path in glob.glob(os.path.join(glob.escape(folder), pattern, 'vgg.py'))
+                       if os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep))    # not of another one
         if found:
             return os.path.dirname(found[0])
     return folder
@@ -149,9 +151,9 @@ class Grading(object):
                 copy_of(source_of(folder), os.path.join(place, 'submission'))
                 examined.examine()
             except OSError as error:
-                examined.built = 'cannot be copied: %s' % error
+                examined.built = 'cannot be graded: %s' % error
             result = dict(verdict(examined, self.reference.pictures), submission=folder, printed=text_of(output),
-                          seconds=round(time.monotonic() - begin, 1), like=None)
+                          seconds=round(time.monotonic() - begin, 1), sandbox=bool(self.box.options), like=None)
         shutil.rmtree(place, ignore_errors=True)
         return result
 
@@ -186,30 +188,33 @@ class Grading(object):
 
 # ------------------------------------------------------------------------------------------------- reports
 
-def report(result, kinds, sandbox):
+def report(result, kinds):
     """A graded submission as lines of text."""
-    yield '%s (%.0f s%s)' % (result['submission'], result['seconds'], '' if sandbox else ', without a sandbox')
+    yield '%s (%.0f s%s)' % (result['submission'], result['seconds'], '' if result['sandbox'] else ', without a sandbox')
     if result['like']:
         yield '       the same files as %s' % result['like']
     for points, title, reason in result['stages']:
         yield '%5d  %s: %s' % (points, title, 'yes' if reason is None else 'no: ' + reason)
     mistakes = {(direction, layer): words for direction, layer, words in result['mistakes']}
     if result['first_wrong']:
-        direction, layer, _ = result['first_wrong']
+        direction, layer, why = result['first_wrong']
         words = mistakes.pop((direction, layer), None)
-        yield '       first wrong: %s, %s%s' % (layer, direction, ': ' + words if words else '')
-    for direction in DIRECTIONS:
-        for kind in dict.fromkeys(kinds.values()):
-            alike = [name for name in kinds if kinds[name] == kind]
-            wrong = [name for name in result['layers'][direction] if name in alike]
-            if wrong:
-                yield '       %s wrong in %d of %d %ss: %s%s' % (
-                    direction, len(wrong), len(alike), kind, ', '.join(wrong[:3]), ', ...' if len(wrong) > 3 else '')
+        yield '       first %s: %s, %s%s' % (verb(why), layer, direction, ': ' + words if words else '')
+    for direction, kind, found in itertools.product(DIRECTIONS, dict.fromkeys(kinds.values()), ('wrong', 'slow')):
+        alike = [name for name in kinds if kinds[name] == kind]
+        wrong = [name for name, why in result['layers'][direction].items() if name in alike and verb(why) == found]
+        if wrong:
+            yield '       %s %s in %d of %d %ss: %s%s' % (direction, found, len(wrong), len(alike), kind,
+                                                          ', '.join(wrong[:3]), ', ...' if len(wrong) > 3 else '')
     for (direction, layer), words in mistakes.items():
         yield '       %s, %s: %s' % (layer, direction, words)
     for note in result['notes']:
         yield '       ' + note
     yield 'score: %d' % result['score']
+
+
+def verb(why):
+    return 'slow' if 'slow: ' in why else 'wrong'
 
 
 def table(results):
@@ -317,7 +322,7 @@ def parse(argv):
 
 
 def graded(arguments):
-    """Grade; return the results, the layers' kinds, and whether there was a sandbox."""
+    """Grade; return the results and the layers' kinds."""
     jobs = max(1, min(arguments.jobs, len(arguments.submissions)))
     work, begin = tempfile.mkdtemp(prefix='grade-'), time.monotonic()
     try:
@@ -337,8 +342,7 @@ def graded(arguments):
             raise GradingError(str(error) or type(error).__name__)
         say('expected results for %s: %.0f s' % (
             ' and '.join(picture.title for picture in reference.pictures), time.monotonic() - begin))
-        grading = Grading(arguments, work, box, reference)
-        return grading.all(jobs), reference.kinds, bool(box.options)
+        return Grading(arguments, work, box, reference).all(jobs), reference.kinds
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -360,8 +364,8 @@ def run(arguments):
     if arguments.table:
         results = gathered(arguments.table)
     else:
-        results, kinds, sandbox = graded(arguments)
-        texts = ['\n'.join(report(result, kinds, sandbox)) for result in results]
+        results, kinds = graded(arguments)
+        texts = ['\n'.join(report(result, kinds)) for result in results]
         print('\n\n'.join(texts) + ('\n' if len(texts) > 1 else ''))
     if arguments.table or len(results) > 1:
         print('\n'.join(table(results)))

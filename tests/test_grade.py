@@ -470,7 +470,8 @@ def test_score(name, results):
     assert case.said in result['report']
     if case.first_wrong:
         assert result['first_wrong'] and result['first_wrong'][:2] == case.first_wrong.split(), result['report']
-        assert 'first wrong: %s, %s' % tuple(reversed(case.first_wrong.split())) in result['report']
+        assert re.search('first (wrong|slow): %s, %s' % tuple(reversed(case.first_wrong.split())), result['report'])
+        assert ('slow in 1 of 13 ConvolutionLayers' in result['report']) == (name == 'endless loop')
 
 
 def test_compared():
@@ -540,6 +541,8 @@ BEYOND = {
 def test_beyond_the_rubric(package, tmp_path):
     """What VGG16 has not got is noted, and costs nothing."""
     cases = {name: Case(100, change=list(zip(changes[::2], changes[1::2]))) for name, changes in BEYOND.items()}
+    cases['without the division by the number of images'] = Case(100, loss=[('return grad / len(grad)', 'return grad')])
+    cases['without the maximum taken off before exp'] = Case(100, loss=[(' - inputs.max(axis=1, keepdims=True)', '')])
     for name, result in results_of(cases, package, tmp_path, '--no-sandbox').items():
         notes = [note for note in result['notes'] if note.startswith('beyond the rubric: ')]
         assert result['score'] == 100 and any(name in note for note in notes), result['report']
@@ -587,6 +590,7 @@ def test_one_submission(package, tmp_path):
     refused = run(*given)
     assert (refused.returncode, refused.stdout, pieces.read_text()) == (2, '', 'notes')
     assert refused.stderr == 'grade.py: %s: is there already: give another name, or --overwrite\n' % pieces
+    os.symlink(str(package), str(tmp_path / 'outer' / 'A'))    # right, but no part of the submission
     lines = graded('--overwrite', *given).split('\n')
     assert lines[-2:] == ['score: 0', ''] and lines[0].startswith(str(tmp_path / 'outer')), lines
     assert json.loads(pieces.read_text())['submissions'][0]['score'] == 0
