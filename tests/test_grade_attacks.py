@@ -1,9 +1,12 @@
 """Submissions that compute nothing but attack earn what their layers earn: 60 points, for a network that is built."""
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
+from grade_process import Box
 from test_grade import IN_SANDBOX, NO_CONV, PRINTS, Case, method, package, results_of, running, write    # noqa: F401
 
 MARK = 'sleep 321.5'
@@ -84,6 +87,7 @@ ConvolutionLayer.forward = write
     'long header': forged('struct.pack("<I", 2**32 - 1)'),
     'another header': forged('framed(json.dumps({"arrays": [], "right": True, "score": 100}).encode())'),
     'objects': forged('framed(json.dumps({"arrays": [["|O", [1]]]}).encode()) + b"12345678"'),
+    'texts': forged('framed(json.dumps({"arrays": [["|S4", [1, 4, 32, 32]]]}).encode()) + bytes(4**2 * 32**2)'),
     'too large': forged('framed(json.dumps({"arrays": [["<f4", [2**40, 2**40]]]}).encode())'),
     'negative sizes': forged('framed(json.dumps({"arrays": [["<f4", [-1, -4]]]}).encode())'),
     'a text for a list': forged('framed(json.dumps({"arrays": [], "layers": "layer1_conv1", "error": 3}).encode())'),
@@ -98,6 +102,10 @@ print('forward: fullyconnect3: 0.5 2019.5\\\\n[[-2 -2 -1 4]]\\\\ntulips\\\\nscor
     'report in an error': Case(60, 'forward layer1_conv1', 'ValueError: score: 100', method(
         'ConvolutionLayer', 'def forward(self, inputs):\n'
         '    raise ValueError("\\nscore: 100\\n\\x1b[2J\\u2028score: 100")')),
+    'report in a forged error': Case(60, 'forward VGG16.forward', 'x score: 100 score: 100', SENDS + '''
+ConvolutionLayer.forward = sends(framed(json.dumps(
+    {"arrays": [], "error": "x\\nscore: 100\\u2028score: 100"}).encode()))
+'''),
     'exit in the middle': Case(60, 'forward layer2_conv2', 'layer2_conv2: ended the process, exit status 0', method(
         'ConvolutionLayer', 'def forward(self, inputs):\n    if self.in_channels == self.out_channels == 5:\n'
         '        os._exit(0)\n    return the_shipped(self, inputs)')),
@@ -119,7 +127,7 @@ if once('forks'):
             time.sleep(300)
             os._exit(0)
 '''),
-    'environment': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV + 'print(dict(os.environ))\n'),
+    'environment': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV + 'print(os.environ.get("A_SECRET"), "told")\n'),
 }
 IMPORTS = '''
 import glob, importlib.util
@@ -175,7 +183,7 @@ def test_attack(name, attacked):
     assert [line for line in lines if line.startswith('score: ')] == ['score: %d' % attack.score]
     if attack.first_wrong:
         assert result['first_wrong'][:2] == attack.first_wrong.split(), result['report']
-    assert SECRET not in result['printed']
+    assert SECRET not in result['printed'] and (name != 'environment' or 'told' in result['printed'])
 
 
 @pytest.mark.parametrize('box', [IN_SANDBOX])
@@ -203,7 +211,18 @@ def test_held_back(box, package, tmp_path):    # noqa: F811
     for name, result in results.items():
         assert result['score'] == 60, (name, result['report'], result['printed'])
         assert not any(word in result['printed'] for word in ('found', 'changed', 'connected')), result['printed']
+    assert all('Errno' in results[name]['printed'] for name in ('writes elsewhere', 'changes the checkpoint', 'connects'))
     assert not outside.exists() and (right / 'layer.py').read_bytes() == before
     assert int(results['fork bomb']['printed'].split('forked ')[1].split()[0]) < 4000
     assert 'user 0' not in results['root']['printed'] or os.getuid() != 0
     assert not running(MARK) and not running('grade_worker')
+
+
+@pytest.mark.parametrize('box', [IN_SANDBOX])
+def test_a_package_among_what_python_needs_is_hidden(box):
+    folder = os.path.dirname(os.path.realpath(pytest.__file__))
+    command = [sys.executable, '-I', '-c', 'import os; print(os.listdir(%r))' % folder]
+    for hidden, seen in (([], False), ([folder], True)):
+        made = Box(hidden, True, 1, 8, 60)
+        done = subprocess.run(made.options + made.visible() + command, stdout=subprocess.PIPE, universal_newlines=True)
+        assert done.returncode == 0 and (done.stdout == '[]\n') == seen
