@@ -26,6 +26,7 @@ import concurrent.futures
 import csv
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -253,19 +254,13 @@ def gradescope(result, text):
 
 def written(path, write):
     """Write a file that is whole or not there."""
-    if os.path.exists(path) and not os.path.isfile(path):    # /dev/stdout
-        with open(path, 'w', newline='', encoding='utf-8') as file:
-            return write(file)
-    handle, part = tempfile.mkstemp(prefix=os.path.basename(path) + '.', suffix='.part',
-                                    dir=os.path.dirname(os.path.abspath(path)))
-    try:
-        with os.fdopen(handle, 'w', newline='', encoding='utf-8') as file:
-            write(file)
-        os.chmod(part, 0o644)
+    text = io.StringIO()
+    write(text)
+    part = path + '.part' if os.path.isfile(path) or not os.path.exists(path) else path    # /dev/stdout is no file
+    with open(part, 'w', newline='', encoding='utf-8') as file:
+        file.write(text.getvalue())
+    if part != path:
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
 
 
 # ----------------------------------------------------------------------------------------------- the command

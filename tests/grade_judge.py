@@ -179,30 +179,21 @@ class OutOfTime(Exception):
 
 
 class Examination(object):
-    """Of one submission.
-
-    Attributes
-    ----------
-    built : None, or why the network is not what it should be
-    wrong : {direction: {layer: why}}
-        Layers that are wrong by themselves, the first one first.
-    mistakes : {(direction, layer): words}
-        What explains their numbers.
-    passed : {(direction, index of picture): bool}
-        Of the network as a whole.
-    notes : list of str
-    """
+    """Of one submission; start() starts a process, with keywords set in its environment."""
 
     def __init__(self, reference, start, seconds):
-        """start() starts a process; keywords are set in its environment."""
         self.reference, self.start, self.seconds = reference, start, seconds
         self.end, self.patience = time.monotonic() + seconds, seconds / 4
         self.process, self.names, self.rng = None, list(reference.kinds), np.random.RandomState()
         self.forwarded = set()    # layers that this process has run forward on the right inputs
         self.fatal = set()        # layers whose forward ends the process
         self.computed = set()     # (direction, layer) whose numbers are wrong
-        self.built, self.has, self.notes, self.mistakes, self.passed = 'not reached', [], [], {}, {}
-        self.wrong = {direction: {} for direction in DIRECTIONS}
+        self.has = []             # what main.py, layer.py and loss.py define beside the layers
+        self.built = 'not reached'    # why the network is not what it should be; None if it is
+        self.wrong = {direction: {} for direction in DIRECTIONS}    # {layer: why}, the first one first
+        self.mistakes = {}        # {(direction, layer): what explains its numbers}
+        self.passed = {}          # {(direction, index of picture): whether the network as a whole was right}
+        self.notes = []
 
     # -------------------------------------------------------------------------------------------- the process
 
