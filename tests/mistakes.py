@@ -451,7 +451,7 @@ def seen(actual, expected, wrong, off):
         bad, = np.nonzero(wrong.any(axis=others))
         if 0 < len(bad) < actual.shape[axis]:
             zeros = not np.take(actual, bad, axis).any()
-            if zeros or len(bad) <= actual.shape[axis] // 2 or name in ('row', 'column') and len(bad) <= 2:
+            if zeros or bad[-1] - bad[0] < len(bad) and (len(bad) < 3 or len(bad) <= actual.shape[axis] // 2):
                 return '%s %s, the others are right' % (span(name, bad), 'zeros' if zeros else 'wrong')
     if actual.ndim == 4 and min(actual.shape[2:]) > 4 and not wrong[:, :, 1:-1, 1:-1].any():
         return 'right but for its outermost rows and columns'
