@@ -26,6 +26,7 @@ PROJECT = os.path.dirname(HERE)
 sys.path[:0] = [PROJECT, HERE]
 import ladder                                                               # noqa: E402
 import main                                                                 # noqa: E402
+import network                                                              # noqa: E402
 from layer import ConvolutionLayer, FullyConnectLayer                       # noqa: E402
 from loss import CrossEntropy                                               # noqa: E402
 from vgg import VGG16, count                                                # noqa: E402
@@ -183,7 +184,8 @@ def rows_of_rungs(title, forward, backward):
     for name in forward:
         rows.append([name])
         for times in forward, backward:
-            rows[-1] += [cell(1e3 * times[name]), '%.3g' % (np.median(times['textbook']) / np.median(times[name]))]
+            rows[-1] += [cell(1e3 * times[name]), '%.3g' % (np.median(times['textbook']) / np.median(times[name]))] if (
+                name in times) else ['', '']
     return rows
 
 
@@ -200,7 +202,7 @@ def convolution_ladder(turns, channels=256, side=56):
     y, in_grad, (framed, turned, nothing) = np.empty(g.shape, 'f4'), np.empty(x.shape), ladder.turned(g, weight)
     forward = {name: lambda rung=rung: rung(x, y, weight, bias, 3, 1) for name, rung in ladder.RUNGS.items()}
     backward = {name: lambda rung=rung: rung(framed, in_grad, turned, nothing, 3, 1)
-                for name, rung in ladder.RUNGS.items()}
+                for name, rung in ladder.RUNGS.items() if name != 'Winograd'}
     for name, back in (('textbook', ladder.textbook.conv_back), (ladder.LAYER, ConvolutionLayer._conv_back)):
         backward[name] = cleared(back, in_grad, g, in_grad, weight, 3, 1)
     if torch:
@@ -341,13 +343,12 @@ def processes(turns, ours, theirs):
 
 def measure(turns, pictures):
     """The section of this Python."""
-    few, model = max(1, turns // 3), VGG16()
+    few = max(1, turns // 3)
     runs = processes(few, os.path.join(PROJECT, 'main.py'), os.path.join(HERE, 'torch_main.py'))
-    summary, layers = convolutions(list(convolutions_of(model)), turns)
+    summary, layers = convolutions(list(convolutions_of(VGG16())), turns)
     rungs, times = convolution_ladder(few)
     tables = rungs, pooling_ladder(turns), layers, windows(turns)
-    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
-        model.resume_weights(main.load_checkpoint())
+    model = network.loaded()
     summary += passes(model, pictures[0], turns) + runs
     summary += [ratio('layer.py / Winograd, %s' % rungs[0][0], times[ladder.LAYER], times['Winograd'])]
     summary += gradient_errors(model, pictures)

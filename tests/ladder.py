@@ -196,8 +196,10 @@ def winograd(inputs_pad, outputs, weight, bias, kernel_size, stride):
     convolutions of 1 x 1, one for each product, whose positions are the tiles.  Rung 6 knows how to do these.  Where
     few channels are read or written, X and y cost more than the products save.
 
-    It is no part of layer.py: the four outputs of a tile are made in different ways, so that equal windows give numbers
-    that are not equal, and backward another one is the first of the largest, or a ReLU's zero.
+    It is no part of layer.py.  The four outputs of a tile are made in different ways, so that equal windows may give
+    numbers that are not equal; backward, another one is the first of the largest then, or a ReLU's zero.  Tiles of
+    2 x 2 are kind: where a plane is of one number all products but one are 0, and outputs stay equal.  Larger tiles
+    save more products, have factors such as 3/2 in their sums, and lose that, too.
     """
     if kernel_size != 3 or stride != 1:
         raise ValueError('a window of 3 and a stride of 1 expected, got %d and %d' % (kernel_size, stride))
@@ -254,9 +256,9 @@ def _add_two_apart(out, a, b, s):
         out[p] = a[2 * p] + s * b[2 * p]
 
 
-@jit(nopython=True, parallel=True)
+@jit(nopython=True)
 def _spread_weights(weight, W):
-    for o in prange(weight.shape[0]):
+    for o in range(weight.shape[0]):
         t = np.empty((4, 3, weight.shape[1]))
         for k in range(weight.shape[1]):
             for j in range(3):    # down
