@@ -191,7 +191,8 @@ class Grading(object):
 
 def report(result, kinds):
     """A graded submission as lines of text."""
-    yield '%s (%.0f s%s)' % (result['submission'], result['seconds'], '' if result['sandbox'] else ', without a sandbox')
+    where = '' if result['sandbox'] else ', without a sandbox'
+    yield '%s (%.0f s%s)' % (result['submission'], result['seconds'], where)
     if result['like']:
         yield '       the same files as %s' % result['like']
     for points, title, reason in result['stages']:

@@ -206,5 +206,5 @@ class Box(object):
         limits = dict(self.limits, processes=PROCESSES + running if running else 1 << 20, user=user)
         environment = dict(self.environment, HOME=home, TMPDIR=home, NUMBA_CACHE_DIR=os.path.join(home, 'numba'),
                            **environment)
-        return Process(command + [sys.executable, '-I', '-u', '-X', 'utf8', worker, submission, given, json.dumps(limits)] +
-                       PACKAGES, environment, output)
+        command += [sys.executable, '-I', '-u', '-X', 'utf8', worker, submission, given, json.dumps(limits)]
+        return Process(command + PACKAGES, environment, output)

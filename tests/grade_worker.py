@@ -140,9 +140,18 @@ class Student(object):
 
     def load(self, parameters):
         """Give the network the checkpoint, its arrays mapped, which may be overwritten."""
-        self.network.resume_weights({name: {key: np.asarray(np.load(os.path.join(self.given, file), 'c'))
-                                            for key, file in files.items()} for name, files in parameters.items()})
-        self.send()
+        ckpt = {name: {key: np.asarray(np.load(os.path.join(self.given, file), 'c')) for key, file in files.items()}
+                for name, files in parameters.items()}
+        try:
+            self.network.resume_weights(ckpt)
+        except AssertionError as error:    # of load_params, which does not know the layer's name
+            shapes = [(name, np.shape(getattr(self.layers[name], 'weight', ())), ckpt[name]['weight'].shape)
+                      for name in ckpt]
+            wrong = [found for found in shapes if found[1] != found[2]][:1]
+            self.send(error=''.join('%s has a weight of shape %s, the checkpoint %s: ' % found for found in wrong) +
+                      account(error))
+        else:
+            self.send()
 
     def held(self, places, layer, key, shape):
         """Some numbers of all arrays in a layer that have a parameter's shape, or its transpose."""

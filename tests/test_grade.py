@@ -351,6 +351,9 @@ CASES = {
         "'layer4_relu3': self.layer4_relu3", "'layer4_relu3': self.layer4_conv3")]),
     'parameters not taken': Case(0, None, 'layer1_conv1 does not hold', method(
         'ConvolutionLayer', 'def load_params(self, weight, bias):\n    pass')),
+    'layer of another size': Case(
+        0, None, 'layer4_conv2 has a weight of shape (6, 8, 3, 3), the checkpoint (8, 8, 3, 3): layer.py line', vgg=[
+            ('layer4_conv2 = ConvolutionLayer(in_channels=8, out_channels=8', 'layer4_conv2 = ConvolutionLayer(8, 6')]),
     'only prints': Case(0, None, 'layer 1 of graph_layers should be layer1_conv1, is missing', vgg=PRINTS),
     'nearly the tensor': Case(100, None, 'process_image of tulips_demo.jpg: 1.0040 times what it should be', main=[
         ('image.transpose((2, 0, 1))', '1.004 * image.transpose((2, 0, 1))')]),

@@ -127,7 +127,8 @@ if once('forks'):
             time.sleep(300)
             os._exit(0)
 '''),
-    'environment': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV + 'print(os.environ.get("A_SECRET"), "told")\n'),
+    'environment': Case(60, 'forward layer1_conv1', 'all zeros',
+                        NO_CONV + 'print(os.environ.get("A_SECRET"), "told")\n'),
 }
 IMPORTS = '''
 import glob, importlib.util
@@ -211,7 +212,8 @@ def test_held_back(box, package, tmp_path):    # noqa: F811
     for name, result in results.items():
         assert result['score'] == 60, (name, result['report'], result['printed'])
         assert not any(word in result['printed'] for word in ('found', 'changed', 'connected')), result['printed']
-    assert all('Errno' in results[name]['printed'] for name in ('writes elsewhere', 'changes the checkpoint', 'connects'))
+    for name in ('writes elsewhere', 'changes the checkpoint', 'connects'):
+        assert 'Errno' in results[name]['printed']
     assert not outside.exists() and (right / 'layer.py').read_bytes() == before
     assert int(results['fork bomb']['printed'].split('forked ')[1].split()[0]) < 4000
     assert 'user 0' not in results['root']['printed'] or os.getuid() != 0
