@@ -279,7 +279,11 @@ def passes(model, x, turns):
 
 
 def gradient_errors(model, pictures):
-    """Rows for the summary: how far each picture's gradient is from the one in float64, relative to that."""
+    """Rows for the summary: how far each picture's gradient is from one in float64, relative to that.
+
+    From that of these layers; and from torch's, which is another one where maxima tie: torch adds the terms of equal
+    windows in different orders in float64, and the last bit decides.
+    """
     def ours(x):
         return backward(model, loss_gradient(forward(model, x)))
 
@@ -290,20 +294,22 @@ def gradient_errors(model, pictures):
         return torch.autograd.grad(y, x, g)[0].numpy()
 
     say('gradients')
-    right, found = [ours(x.astype(np.float64)) for x in pictures], {'layer.py': [ours(x) for x in pictures]}
+    right = {'layer.py float64': [ours(x.astype(np.float64)) for x in pictures]}
+    found = {'layer.py': [ours(x) for x in pictures]}
     convs = [layer for layer in model.graph_layers.values() if isinstance(layer, ConvolutionLayer)]
     for layer in convs:
         layer._conv = ladder.winograd
-    found['with Winograd forward'] = [ours(x) for x in pictures]
+    found['Winograd forward'] = [ours(x) for x in pictures]
     for layer in convs:
         del layer._conv
     if torch:
         float32, float64 = twin(model, torch.float32), twin(model, torch.float64)
-        right = [theirs(float64, x.astype(np.float64)) for x in pictures]
+        right['torch float64'] = [theirs(float64, x.astype(np.float64)) for x in pictures]
         found['torch float32'] = [theirs(float32, x) for x in pictures]
-    return [row("error of a picture's gradient, " + name, [
-        np.linalg.norm(g - r) / np.linalg.norm(r) for g, r in zip(gradients, right)], '%.2e', '',
-        'from float64, by norms; pictures: %d' % len(pictures)) for name, gradients in found.items()]
+    return [row("picture's gradient, %s / %s" % (name, other), [
+        np.linalg.norm(g - r) / np.linalg.norm(r) for g, r in zip(gradients, exact)], '%.1e', '',
+        'norm of the difference / norm; pictures: %d' % len(pictures))
+        for other, exact in right.items() for name, gradients in found.items()]
 
 
 # ------------------------------------------------------------------------------------------ main.py as a process

@@ -211,11 +211,12 @@ def test_errors_of_gradients(narrow, monkeypatch):
     """Small in float32, larger where what stands for Winograd is off; and the layers are as they were."""
     model, x = narrow
     monkeypatch.setattr(ladder, 'winograd', lambda *arrays: 1.5 * ladder.RUNGS['Winograd'](*arrays))
-    rows = {cells[0].split(', ')[1]: cells for cells in bench.gradient_errors(model, [x, -x])}
-    assert numbers(rows['layer.py'][1:2])[0] < 1e-5 < 1e-2 < numbers(rows['with Winograd forward'][1:2])[0]
-    assert ('torch float32' in rows) == bool(bench.torch) and rows['layer.py'][2].endswith('pictures: 2')
-    again = {cells[0].split(', ')[1]: cells for cells in bench.gradient_errors(model, [x, -x])}
-    assert again == rows
+    rows = bench.gradient_errors(model, [x, -x])
+    found = {cells[0].split(', ')[1]: numbers(cells[1:2])[0] for cells in rows}
+    assert len(rows) == len(found) == (6 if bench.torch else 2)
+    for name, error in found.items():
+        assert error > 1e-2 if name.startswith('Winograd') else 0 < error < 1e-5
+    assert bench.gradient_errors(model, [x, -x]) == rows
 
 
 def test_the_network_in_torch_is_the_same_network(narrow):
