@@ -58,13 +58,14 @@ def _parameter(name, array):
     array = np.asarray(array)
     if array.dtype in (np.float32, np.float64) and array.dtype.isnative:
         return array
-    kind = np.float32 if array.dtype.kind == 'f' and array.dtype.itemsize <= 4 else np.float64
-    try:
-        converted = array.astype(kind) if array.dtype.kind in 'fiuO' else None
-        if converted is not None and np.all((converted == array) | (converted != converted) & (array != array)):
-            return converted
-    except (TypeError, ValueError, OverflowError):
-        pass
+    if array.dtype.kind in 'fiuO':
+        try:
+            with np.errstate(all='ignore'):
+                converted = array.astype(np.float32 if array.dtype.itemsize <= 4 and array.dtype.kind == 'f' else float)
+                if np.all((converted.astype(array.dtype) == array) | (array != array)):
+                    return converted
+        except (TypeError, ValueError, OverflowError):    # of an object that is no number
+            pass
     raise TypeError('%s: numbers that float32 or float64 hold exactly expected, got %s' % (name, array.dtype))
 
 
