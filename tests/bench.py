@@ -118,11 +118,11 @@ def convolutions(layers, turns, rounds=2000):
     speeds = {dtype: 16 * rounds * 4 * ladder.QUARTER / np.array([some[dtype] for some in times]) for dtype in loop}
     shares = {way: np.array([count(layer, shape)[2] / some[way] for (_, layer, shape), some in zip(layers, times)])
               * 100 / speeds[dtype].max() for way, dtype in ways.items()}
-    large = [shape[1] >= 28 for _, _, shape in layers]
+    large = [shape[1] >= 28 and shape[0] != 3 for _, _, shape in layers]
     summary = [row('multiply-add loop on one thread, %s' % dtype.__name__, 2e-9 * speed.max(axis=1), '%.0f', ' GFLOP/s',
                    'beside each layer; the largest is the peak') for dtype, speed in speeds.items()]
     summary += [row('3x3 convolutions, share of the peak, %s' % way, share[large].mean(axis=0), '%.0f', ' %',
-                    'one thread; mean over those of 28x28 and larger') for way, share in shares.items()]
+                    'one thread; mean over those of 28x28 and larger that read more than a picture') for way, share in shares.items()]
     heads = ['one thread, % of its peak'] + list(ways)
     return summary, [heads] + [[name] + [cell(shares[way][k], '%.0f') for way in ways] for k, name in enumerate(names)]
 
