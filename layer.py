@@ -206,10 +206,10 @@ class ConvolutionLayer(object):
     @jit(nopython=True, parallel=True)
     def _conv(inputs_pad, outputs, weight, bias, kernel_size, stride):
         # 公式的每一项：读哪个数，乘哪个权重 / each term of the formula: which number it reads, which weight it takes
-        x, row, taps, w, tiles = _terms(outputs, inputs_pad, weight, bias, kernel_size, stride)
+        x, row, taps, w, b, tiles = _terms(outputs, inputs_pad, weight, bias, kernel_size, stride)
         # 每块由一个线程算完 / a tile is one thread's
         for tile in prange(tiles):
-            _sum_tile(np.int64(tile), x, row, taps, w, weight[0].size, bias, outputs)
+            _sum_tile(np.int64(tile), x, row, taps, w, weight[0].size, b, outputs)
         return outputs
 
     @staticmethod
@@ -235,7 +235,7 @@ def _check_fit(height, width, kernel_size):
 
 @jit(nopython=True)
 def _terms(outputs, inputs_pad, weight, bias, K, S):
-    """(x, row, taps, w, tiles) of _conv's sum: planes and weights as long lines of numbers, and how many tiles there are.
+    """(x, row, taps, w, b, tiles) of _conv's sum: planes and weights as long lines, the bias, and the number of tiles.
 
     With a stride, a plane is cut into S * S parts, so that what lies S apart becomes neighbours, and a step of the
     window is a step of one: number (k, h * S + i, w * S + j) goes to part (k, i, j), row h, column w.
@@ -256,7 +256,11 @@ def _terms(outputs, inputs_pad, weight, bias, K, S):
         k, i, j = t // K // K, t // K % K, t % K
         taps[t, 0] = (((k * S + i % S) * S + j % S) * rows + i // S) * row + j // S
         taps[t, 1] = t
-    return _line(planes), row, taps, _line(weight), _bands(outputs.shape, row)[0]
+    x, w = _line(planes), _line(weight)
+    b = np.full(len(bias), bias[0] + w[0] * inputs_pad.dtype.type(0))    # in the dtype of such sums
+    for c in range(len(bias)):
+        b[c] = bias[c]
+    return x, row, taps, w, b, _bands(outputs.shape, row)[0]
 
 
 @jit(nopython=True)
@@ -355,22 +359,22 @@ def _sum_tile(tile, x, row, taps, weight, apart, bias, out):
     whole = (length + VECTOR - 1) // VECTOR * VECTOR
     line = x[n * (len(x) // batch) + first:]
 
-    sums = np.full(4 * PITCH + VECTOR, bias[0] + weight[0] * x[0])    # for the dtype of such a sum, not for its value
+    sums = np.empty(4 * PITCH + VECTOR, bias.dtype)
     sums = sums[-sums.ctypes.data % 64 // sums.itemsize:]    # a vector then lies in one line of the cache, not in two
     four = np.empty(4, np.int64)
     for c in range(4):
         channel = min(group + c, channels - 1)    # past the last channel again that one, and not stored
         four[c] = channel * apart
-        for p in range(whole):
-            sums[c * PITCH + p] = bias[channel]
+        for p in range(c * PITCH, c * PITCH + whole):
+            sums[p] = bias[channel]
 
     # whole vectors, as far as they do not end behind the last number of x; three taps at a time
     inside = len(taps)
     while inside > 0 and taps[inside - 1, 0] + whole > len(line):
         inside -= 1
     inside -= inside % 3
-    _add_three_taps(sums, whole, line, taps[:inside], weight, four)
-    _add_taps(sums, length, line, taps[inside:], weight, four)
+    _add_three_taps(sums, whole, line, taps, inside, weight, four)
+    _add_taps(sums, length, line, taps, inside, weight, four)
 
     for c in range(min(4, channels - group)):
         for h in range(first // row, min(height, (first + length - 1) // row + 1)):
@@ -380,8 +384,8 @@ def _sum_tile(tile, x, row, taps, weight, apart, bias, out):
 
 
 @jit(nopython=True)
-def _add_three_taps(sums, length, x, taps, weight, four):
-    """sums[c * PITCH + p] += sum over taps t of weight[four[c] + taps[t, 1]] * x[taps[t, 0] + p], c < 4, p < length.
+def _add_three_taps(sums, length, x, taps, end, weight, four):
+    """sums[c * PITCH + p] += sum over t < end of weight[four[c] + taps[t, 1]] * x[taps[t, 0] + p], c < 4, p < length.
 
     Each x that is read serves four channels, each sum that is read and written serves three taps (a row of a 3 x 3
     window): 12 multiply-adds for 7 numbers read and 4 written.  More weights would not stay in the 16 vector registers
@@ -389,9 +393,9 @@ def _add_three_taps(sums, length, x, taps, weight, four):
     and the loop's end is visibly a multiple of VECTOR: no vector is left half full.
     """
     B, C, D = np.uint64(PITCH), np.uint64(2 * PITCH), np.uint64(3 * PITCH)
-    one, end = np.uint64(1), np.uint64(length // VECTOR * VECTOR)
+    one, last = np.uint64(1), np.uint64(length // VECTOR * VECTOR)
     wa, wb, wc, wd = np.uint64(four[0]), np.uint64(four[1]), np.uint64(four[2]), np.uint64(four[3])
-    for t in range(0, len(taps), 3):
+    for t in range(0, end, 3):
         r0, r1, r2 = np.uint64(taps[t, 0]), np.uint64(taps[t + 1, 0]), np.uint64(taps[t + 2, 0])
         q0, q1, q2 = np.uint64(taps[t, 1]), np.uint64(taps[t + 1, 1]), np.uint64(taps[t + 2, 1])
         a0, a1, a2 = weight[wa + q0], weight[wa + q1], weight[wa + q2]
@@ -399,7 +403,7 @@ def _add_three_taps(sums, length, x, taps, weight, four):
         c0, c1, c2 = weight[wc + q0], weight[wc + q1], weight[wc + q2]
         d0, d1, d2 = weight[wd + q0], weight[wd + q1], weight[wd + q2]
         p = np.uint64(0)
-        while p < end:
+        while p < last:
             a, b, c, d = sums[p], sums[p + B], sums[p + C], sums[p + D]
             v = x[r0 + p]
             a, b, c, d = a + a0 * v, b + b0 * v, c + c0 * v, d + d0 * v
@@ -412,11 +416,11 @@ def _add_three_taps(sums, length, x, taps, weight, four):
 
 
 @jit(nopython=True)
-def _add_taps(sums, length, x, taps, weight, four):
-    """The same for any number of taps and any length, position by position: for the few that are left over."""
+def _add_taps(sums, length, x, taps, begin, weight, four):
+    """The same for all taps from `begin` on and any length, position by position: for the few that are left over."""
     for p in range(length):
         a, b, c, d = sums[p], sums[p + PITCH], sums[p + 2 * PITCH], sums[p + 3 * PITCH]
-        for t in range(len(taps)):
+        for t in range(begin, len(taps)):
             v, q = x[taps[t, 0] + p], taps[t, 1]
             a, b = a + weight[four[0] + q] * v, b + weight[four[1] + q] * v
             c, d = c + weight[four[2] + q] * v, d + weight[four[3] + q] * v
@@ -571,16 +575,16 @@ class ReluLayer(object):
         return in_grad
 
     @staticmethod
-    @jit(nopython=True, parallel=True)
+    @jit(nopython=True)
     def _relu(inputs, outputs, positive):
-        for p in prange(len(inputs)):
+        for p in range(len(inputs)):
             outputs[p] = 0 if inputs[p] <= 0 else inputs[p]
             positive[p] = inputs[p] > 0
 
     @staticmethod
-    @jit(nopython=True, parallel=True)
+    @jit(nopython=True)
     def _relu_back(out_grad, in_grad, positive):
-        for p in prange(len(out_grad)):
+        for p in range(len(out_grad)):
             in_grad[p] = out_grad[p] if positive[p] else 0
 
 
@@ -722,22 +726,20 @@ class FullyConnectLayer(object):
         return self.gradients
 
     @staticmethod
-    @jit(nopython=True, parallel=True)
+    @jit(nopython=True)
     def _connect(inputs, outputs, weight, bias):
-        batch, out_features = outputs.shape
-        for n in range(batch):
-            for four in prange((out_features + 3) // 4):
-                _add_four_rows(np.int64(four) * 4, inputs[n], outputs[n], weight, bias)
+        for n in range(len(outputs)):
+            for o in range(0, outputs.shape[1], 8):
+                _connect_eight(o, inputs[n], outputs[n], weight, bias)
         return outputs
 
     @staticmethod
-    @jit(nopython=True, parallel=True)
+    @jit(nopython=True)
     def _connect_back(out_grad, in_grad, weight):
-        batch, in_features = in_grad.shape
-        for n in range(batch):
-            for block in prange((in_features + COLUMNS - 1) // COLUMNS):
-                first = np.int64(block) * COLUMNS
-                _add_columns(out_grad[n], in_grad[n, first:first + COLUMNS], weight[:, first:first + COLUMNS])
+        for n in range(len(out_grad)):
+            for o in range(out_grad.shape[1]):
+                if out_grad[n, o] != 0:    # behind a ReLU many gradients are 0: their rows are not read
+                    _add_row(in_grad[n], weight[o], out_grad[n, o])
         return in_grad
 
     @staticmethod
@@ -758,27 +760,23 @@ class FullyConnectLayer(object):
             out[p] = parameter[p] - lr * gradient[p]
 
 
-COLUMNS = 1024    # of in_grad that are added up in the fastest cache
-
-
 @jit(nopython=True)
-def _add_four_rows(first, x, out, weight, bias):
-    """Four outputs side by side, each in the formula's order: one sum alone would wait for each of its additions."""
-    a, last = first, len(out) - 1
-    b, c, d = min(a + 1, last), min(a + 2, last), min(a + 3, last)    # past the last row again that one
-    wa, wb, wc, wd = weight[a], weight[b], weight[c], weight[d]
-    ya, yb, yc, yd = bias[a], bias[b], bias[c], bias[d]
+def _connect_eight(o, x, y, weight, bias):
+    """Eight outputs side by side, each in the formula's order: one sum alone would wait for each of its additions."""
+    last = len(y) - 1    # past the last output again that one
+    a, b, c, d = o, min(o + 1, last), min(o + 2, last), min(o + 3, last)
+    e, f, g, h = min(o + 4, last), min(o + 5, last), min(o + 6, last), min(o + 7, last)
+    wa, wb, wc, wd, we, wf, wg, wh = (weight[a], weight[b], weight[c], weight[d],
+                                      weight[e], weight[f], weight[g], weight[h])
+    ya, yb, yc, yd, ye, yf, yg, yh = bias[a], bias[b], bias[c], bias[d], bias[e], bias[f], bias[g], bias[h]
     for i in range(len(x)):
-        ya, yb, yc, yd = ya + wa[i] * x[i], yb + wb[i] * x[i], yc + wc[i] * x[i], yd + wd[i] * x[i]
-    out[a], out[b], out[c], out[d] = ya, yb, yc, yd
+        v = x[i]
+        ya, yb, yc, yd = ya + wa[i] * v, yb + wb[i] * v, yc + wc[i] * v, yd + wd[i] * v
+        ye, yf, yg, yh = ye + we[i] * v, yf + wf[i] * v, yg + wg[i] * v, yh + wh[i] * v
+    y[a], y[b], y[c], y[d], y[e], y[f], y[g], y[h] = ya, yb, yc, yd, ye, yf, yg, yh
 
 
 @jit(nopython=True)
-def _add_columns(out_grad, in_grad, weight):
-    """Some columns, row by row of the weight.  Behind a ReLU many gradients are 0: their rows are not read."""
-    for o in range(len(out_grad)):
-        g = out_grad[o]
-        if g != 0:
-            row = weight[o]
-            for i in range(len(in_grad)):
-                in_grad[i] += g * row[i]
+def _add_row(in_grad, row, g):
+    for i in range(len(in_grad)):
+        in_grad[i] += g * row[i]
