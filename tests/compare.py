@@ -25,14 +25,14 @@ TOLERANCE = {('forward', True): 1e-5, ('backward', True): 5e-5, ('forward', Fals
 
 KINDS = ('conv', 'relu', 'maxpool', 'flatten', 'fullyconnect')
 CAUSES = {
-    ('forward', 'conv'): 'the padding (zeros all around each plane), the bias, or the order of the indices of the weight: '
+    ('forward', 'conv'): 'the padding (zeros all around each plane), the bias, or the order of the weight\'s indices: '
                          'output channel, input channel, row, column',
     ('forward', 'maxpool'): 'where a window starts and ends, or a maximum that starts from 0',
     ('forward', 'relu'): 'max(0, x), element by element',
     ('forward', 'flatten'): 'the order: (N, C, H, W) to (N, C * H * W), row-major',
     ('forward', 'fullyconnect'): 'the weight is (out, in): inputs times its transpose, plus the bias',
-    ('backward', 'conv'): 'what an input gets from all the outputs that it took part in has to add up, += not =; or the '
-                          'padding, which is cut off from the result',
+    ('backward', 'conv'): 'what an input gets from all the outputs that it took part in has to add up, += not =; or '
+                          'the padding, which is cut off from the result',
     ('backward', 'maxpool'): 'the argmax index: argidx has to lead back to the element that was the maximum',
     ('backward', 'relu'): 'the gradient passes where the input was positive, and is 0 elsewhere',
     ('backward', 'flatten'): 'the shape of the inputs, which forward has to note',
@@ -154,9 +154,9 @@ def compare(lines, others, magnitudes):
     Returns
     -------
     list of dict
-        direction, name, expected, actual, error, verdict: same, ok (within the tolerance), WRONG, FORM (the line is there,
-        but not as the handbook prints it), MISSING in ACTUAL, or MISPLACED, which is a layer that EXPECTED does not have
-        or that did not run in its turn.
+        direction, name, expected, actual, error, verdict: same, ok (within the tolerance), WRONG, FORM (it is
+        there, but not as the handbook prints it), MISSING in ACTUAL, or MISPLACED, which is a layer that EXPECTED does
+        not have or that did not run in its turn.
     """
     magnitudes = dict(magnitudes)
     if ('forward', 'loss') in lines:    # softmax minus one-hot, where the probability of the label is exp(-loss)

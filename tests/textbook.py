@@ -1,8 +1,7 @@
 """The handbook's formulas as the plainest loops there are: the specification that layer.py is tested against.
 
 Each function has the arguments and the result of the one in layer.py that it specifies, and reads like the formula
-above it.  fastmath is what layer.py has, so that both round alike: the results are compared bit for bit,
-but for the layers that take Winograd's way, which are compared by their errors.
+above it.  fastmath is what layer.py has, so that both round alike: the results are compared bit for bit.
 """
 import numpy as np
 from numba import jit
