@@ -218,6 +218,21 @@ OTHERS = {    # content, what is said of it
 }
 
 
+@pytest.mark.parametrize('protocol', [protocol for protocol in (2, 3, 4, 5) if protocol <= pickle.HIGHEST_PROTOCOL])
+def test_large_arrays_stay_in_their_file_and_may_be_written_to(tmp_path, protocol):
+    """In either order, wherever they lie, and the same one under two names; the file keeps its bytes."""
+    rows = np.arange(600000, dtype=np.float32).reshape(600, 1000)
+    columns = np.asfortranarray(rows + 1)
+    content = npy({'rows': rows, 'odd': 'x', 'columns': columns, 'again': rows}, protocol)
+    (tmp_path / 'c.npy').write_bytes(content)
+    found = main.read_checkpoint(str(tmp_path / 'c.npy'))
+    assert found['again'] is found['rows'] and found['rows'].flags.aligned
+    np.testing.assert_array_equal(found['rows'], rows)
+    np.testing.assert_array_equal(found['columns'], columns)
+    found['rows'][:] = 0
+    assert (tmp_path / 'c.npy').read_bytes() == content
+
+
 @pytest.mark.parametrize('name', sorted(OTHERS))
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 def test_what_is_certain_is_loaded_and_what_was_changed_is_said(tmp_path, name, protocol, capsys):
