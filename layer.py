@@ -569,9 +569,10 @@ class ReluLayer(object):
         return outputs
 
     def backward(self, out_grad):
-        out_grad = _numbers('out_grad', out_grad, _forward_first(self.positive).shape)
-        in_grad = np.empty_like(out_grad)
-        self._relu_back(out_grad.reshape(-1), in_grad.reshape(-1), self.positive.reshape(-1))
+        in_grad = _numbers('out_grad', out_grad, _forward_first(self.positive).shape)
+        if in_grad is out_grad:    # else it is a copy: a convolution's gradient has had a frame
+            in_grad = in_grad.copy()
+        self._relu_back(in_grad.reshape(-1), self.positive.reshape(-1))
         return in_grad
 
     @staticmethod
@@ -583,9 +584,9 @@ class ReluLayer(object):
 
     @staticmethod
     @jit(nopython=True)
-    def _relu_back(out_grad, in_grad, positive):
-        for p in range(len(out_grad)):
-            in_grad[p] = out_grad[p] if positive[p] else 0
+    def _relu_back(grad, positive):
+        for p in range(len(grad)):
+            grad[p] = grad[p] if positive[p] else 0
 
 
 # --------------------------------------------------------------------------------------------------------- flatten
