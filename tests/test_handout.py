@@ -1,5 +1,6 @@
 """What a student starts from: whole, the handbook's, telling no solution; and right solutions pass in it."""
 import ast
+import concurrent.futures
 import importlib.util
 import inspect
 import os
@@ -160,13 +161,23 @@ def test_layers_of_a_right_solution_pass(start, tmp_path, name):
     assert unwritten(folder) == {}
 
 
+@pytest.fixture(scope='module')
+def passes(start, tmp_path_factory):
+    """What the tests of each solution come to; two at a time, as each takes a minute or so and one core."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        folders = {name: solve(start, str(tmp_path_factory.mktemp('solved') / 'by'), *SOLUTIONS[name])
+                   for name in SOLUTIONS}
+        for folder in folders.values():
+            with_weights(folder)
+        yield {name: (folder, pool.submit(run_tests, folder, '-vv')) for name, folder in folders.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SOLUTIONS)
-def test_a_right_solution_passes(start, tmp_path, name):
+def test_a_right_solution_passes(passes, name):
     """All stages and all that was handed out, nothing skipped, whatever the solution's dtypes and ways are."""
-    folder = solve(start, str(tmp_path / 'solved'), *SOLUTIONS[name])
-    with_weights(folder)
-    status, printed = run_tests(folder, '-vv')
+    folder, done = passes[name]
+    status, printed = done.result()
     assert status == 0 and 'skipped' not in printed, printed
     for stage in ('stage60', 'stage80', 'stage100'):
         status, collected = run_tests(folder, '--collect-only', '-m', stage)
