@@ -157,6 +157,7 @@ def expanding(tmp_path):
     return subprocess.Popen([sys.executable, expand.__file__, '--out', str(tmp_path / 'c.npy')], stdout=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_two_runs_that_expand_at_once_make_one_file(tmp_path):
     both = [expanding(tmp_path), expanding(tmp_path)]
     hashes = [process.communicate()[0] for process in both]
@@ -164,6 +165,7 @@ def test_two_runs_that_expand_at_once_make_one_file(tmp_path):
     assert os.listdir(str(tmp_path)) == ['c.npy']
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='sends a signal')
 def test_a_run_that_is_killed_while_it_expands_leaves_no_half_checkpoint(tmp_path):
     process = expanding(tmp_path)
@@ -202,13 +204,13 @@ import multiprocessing
 expected = [numbers(place) for place in range(4)]
 with multiprocessing.get_context('fork').Pool(2) as pool:
     assert pool.map_async(numbers, range(4)).get(60) == expected
-'''), (None, '''
+'''), pytest.param(None, '''
 import multiprocessing
 if __name__ == '__main__':
     expected = [numbers(place) for place in range(4)]
     with multiprocessing.get_context('spawn').Pool(2) as pool:
         assert pool.map_async(numbers, range(4)).get(60) == expected
-''')], ids=['threads', 'forked pool after a pass', 'spawned pool after a pass'])
+''', marks=pytest.mark.slow)], ids=['threads', 'forked pool after a pass', 'spawned pool after a pass'])
 def test_networks_side_by_side(tmp_path, layer, code):
     """In threads of OpenMP, numba's default on Linux; in forked processes with its workqueue; in others always."""
     path = tmp_path / 'side_by_side.py'
