@@ -244,7 +244,8 @@ def _terms(outputs, inputs_pad, weight, bias, K, S):
     _check_conv(outputs.shape, inputs_pad.shape, weight.shape, len(bias) - len(weight), K, S)
     rows, row, planes = (height + S - 1) // S, (width + S - 1) // S, inputs_pad
     if S > 1:
-        planes = np.zeros((batch, in_channels * S * S, rows, row), inputs_pad.dtype)
+        behind = 1 + VECTOR // (rows * row)    # planes of zeros: room for a vector, as the last tap is not the furthest
+        planes = np.zeros((batch, in_channels * S * S + behind, rows, row), inputs_pad.dtype)
         for n in range(batch):
             for part in range(in_channels * S * S):
                 k, i, j = part // S // S, part // S % S, part % S
