@@ -478,7 +478,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for what is still to be written
         if isinstance(error, BrokenPipeError):    # `main.py | head -1`: nobody reads on
             return 0
-        print('main.py: standard output cannot be written (%s)' % error.strerror, file=sys.stderr)
+        print('main.py: no room for standard output or, where numba keeps them, for the compiled loops (%s): free some, or '
+              'set NUMBA_CACHE_DIR to another folder' % error.strerror, file=sys.stderr)
         return 1
 
 

