@@ -282,6 +282,7 @@ def test_what_is_handed_out(start):
     """Neither more nor less than it says; every file that is named is there, and nothing but what is handed out."""
     paths = {os.path.relpath(os.path.join(place, name), start) for place, _, names in os.walk(start) for name in names}
     assert paths == set(handout.START + handout.COPIED)
+    assert not [path for path in paths if re.search('grade|bench|ladder|mistakes|textbook|train|draw|handout|measured', path)]
     made = {'file/vgg16_ckpt.npy'}
     for path in paths:
         if path.endswith(('.py', '.md', 'output.txt')):
