@@ -155,6 +155,7 @@ class ConvolutionLayer(object):
 
     def forward(self, inputs):
         inputs = _numbers('inputs', inputs, (None, self.in_channels, None, None))
+        _check_fit(inputs.shape[2] + self.padding * 2, inputs.shape[3] + self.padding * 2, self.kernel_size)
         # 记下形状 / note the shape
         self.input_shape = inputs.shape
         batch, channel, height, width = inputs.shape
@@ -162,7 +163,6 @@ class ConvolutionLayer(object):
         # 补零之后的高和宽 / height and width with the frame of zeros
         pad_height = height + self.padding * 2
         pad_width = width + self.padding * 2
-        _check_fit(pad_height, pad_width, self.kernel_size)
 
         # 把输入放进零框的中间 / put the inputs into the frame
         inputs_pad = np.zeros((batch, channel, pad_height, pad_width), dtype=inputs.dtype)
@@ -199,8 +199,7 @@ class ConvolutionLayer(object):
     def load_params(self, weight, bias):
         assert weight.shape == (self.out_channels, self.in_channels, self.kernel_size, self.kernel_size), weight.shape
         assert bias.shape == self.bias.shape, bias.shape
-        self.weight = _parameter('weight', weight)
-        self.bias = _parameter('bias', bias)
+        self.weight, self.bias = _parameter('weight', weight), _parameter('bias', bias)
 
     @staticmethod
     @jit(nopython=True, parallel=True)
@@ -221,7 +220,7 @@ class ConvolutionLayer(object):
         for plane in prange(out_grad.shape[0] * out_grad.shape[1]):
             _put_into_frame(np.int64(plane), out_grad, x, row)
         # 步长为 S 时，in_grad 分成 S * S 部分，各有各的项 / with a stride, S * S parts of in_grad have terms of their own
-        for part in range(stride * stride):
+        for part in range(min(stride, kernel_size)**2):    # as far as a window reaches
             grads, taps, tiles = _terms_back(part, out_grad, in_grad, kernel_size, stride)
             for tile in prange(tiles):
                 _sum_tile(np.int64(tile), x, row, taps, w, weight[0, 0].size, nothing, grads)
@@ -242,20 +241,20 @@ def _terms(outputs, inputs_pad, weight, bias, K, S):
     """
     batch, in_channels, height, width = inputs_pad.shape
     _check_conv(outputs.shape, inputs_pad.shape, weight.shape, len(bias) - len(weight), K, S)
-    rows, row, planes = (height + S - 1) // S, (width + S - 1) // S, inputs_pad
+    rows, row, planes, M = (height + S - 1) // S, (width + S - 1) // S, inputs_pad, min(S, K)
     if S > 1:
         behind = 1 + VECTOR // (rows * row)    # planes of zeros: room for a vector, as the last tap is not the furthest
-        planes = np.zeros((batch, in_channels * S * S + behind, rows, row), inputs_pad.dtype)
+        planes = np.zeros((batch, in_channels * M * M + behind, rows, row), inputs_pad.dtype)
         for n in range(batch):
-            for part in range(in_channels * S * S):
-                k, i, j = part // S // S, part // S % S, part % S
+            for part in range(in_channels * M * M):
+                k, i, j = part // M // M, part // M % M, part % M    # no window reaches more than M of the S
                 for h in range((height - i + S - 1) // S):
                     for w in range((width - j + S - 1) // S):
                         planes[n, part, h, w] = inputs_pad[n, k, h * S + i, w * S + j]
     taps = np.empty((in_channels * K * K, 2), np.int64)
     for t in range(len(taps)):
         k, i, j = t // K // K, t // K % K, t % K
-        taps[t, 0] = (((k * S + i % S) * S + j % S) * rows + i // S) * row + j // S
+        taps[t, 0] = (((k * M + i % S) * M + j % S) * rows + i // S) * row + j // S
         taps[t, 1] = t
     x, w = _line(planes), _line(weight)
     b = np.full(len(bias), bias[0] + w[0] * inputs_pad.dtype.type(0))    # in the dtype of such sums
@@ -299,7 +298,7 @@ def _terms_back(part, out_grad, in_grad, K, S):
     """(grads, taps, tiles) of _conv_back's sum for a part of in_grad: the rows that leave d over when divided by S and
     the columns that leave e.  They meet the weights with i % S == d and j % S == e."""
     out_channels, height, width = out_grad.shape[1:]
-    in_channels, frame, d, e, met = in_grad.shape[1], (K - 1) // S, part // S, part % S, 0
+    in_channels, frame, d, e, met = in_grad.shape[1], (K - 1) // S, part // min(S, K), part % min(S, K), 0
     rows, row = height + 2 * frame, width + frame
     taps = np.empty((out_channels * K * K, 2), np.int64)
     for t in range(len(taps)):
@@ -316,7 +315,7 @@ def _terms_back(part, out_grad, in_grad, K, S):
 def _check_conv(outputs, inputs_pad, weight, biases, K, S):
     """The loops read and write what these shapes say: they have to fit each other."""
     if (weight[0] != outputs[1] or weight[1] != inputs_pad[1] or weight[2] != K or weight[3] != K or biases != 0
-            or outputs[0] != inputs_pad[0] or S < 1
+            or outputs[0] != inputs_pad[0] or min(weight[0], weight[1], K, S) < 1
             or inputs_pad[2] < (outputs[2] - 1) * S + K or inputs_pad[3] < (outputs[3] - 1) * S + K):
         raise ValueError('the shapes of planes, weight and bias do not fit each other, kernel_size and stride')
 
@@ -571,7 +570,7 @@ class ReluLayer(object):
 
     def backward(self, out_grad):
         in_grad = _numbers('out_grad', out_grad, _forward_first(self.positive).shape)
-        if in_grad is out_grad:    # else it is a copy: a convolution's gradient has had a frame
+        if in_grad is out_grad or not isinstance(out_grad, np.ndarray):    # else a copy: a convolution's had a frame
             in_grad = in_grad.copy()
         self._relu_back(in_grad.reshape(-1), self.positive.reshape(-1))
         return in_grad
@@ -701,8 +700,7 @@ class FullyConnectLayer(object):
     def load_params(self, weight, bias):
         assert weight.shape == (self.out_features, self.in_features), weight.shape
         assert bias.shape == self.bias.shape, bias.shape
-        self.weight = _parameter('weight', weight)
-        self.bias = _parameter('bias', bias)
+        self.weight, self.bias = _parameter('weight', weight), _parameter('bias', bias)
 
     def update_params(self, lr):
         """One step of gradient descent, into new arrays of the parameters' dtypes."""

@@ -183,3 +183,53 @@ def test_static_methods_take_what_fits():
     assert CONV_BACK(numbers(1, 3, 4, 4), numbers(1, 2, 6, 6), numbers(3, 2, 3, 3), 3, 1).shape == (1, 2, 6, 6)
     POOL(numbers(1, 2, 3, 3), numbers(1, 2, 6, 6), indices(1, 2, 3, 3), 2, 2)
     POOL_BACK(numbers(1, 2, 3, 3), numbers(1, 2, 6, 6), indices(1, 2, 3, 3) + 3, 2, 2)
+
+
+def test_a_pass_that_was_refused_leaves_what_the_last_one_left():
+    for layer in ConvolutionLayer(1, 1, 3), MaxPoolLayer(3, 1):
+        outputs = layer.forward(numbers(1, 1, 5, 5))
+        expected = layer.backward(outputs)
+        with pytest.raises(ValueError):
+            layer.forward(numbers(1, 1, 2, 2))
+        np.testing.assert_array_equal(layer.backward(outputs), expected)
+
+
+def test_parameters_are_loaded_both_or_none():
+    for layer in ConvolutionLayer(1, 2, 3), FullyConnectLayer(4, 2):
+        weight, bias = layer.weight, layer.bias
+        with pytest.raises(TypeError, match='bias'):
+            layer.load_params(np.zeros(weight.shape), np.array([1j, 2]))
+        assert layer.weight is weight and layer.bias is bias
+
+
+def test_a_stride_far_larger_than_the_window_costs_nothing():
+    """Neither time nor memory grow with what lies between the windows."""
+    layer = ConvolutionLayer(1, 1, 2, stride=10**5)
+    layer.load_params(np.ones((1, 1, 2, 2)), np.zeros(1))
+    assert layer.forward(np.ones((1, 1, 3, 3))) == 4
+    np.testing.assert_array_equal(layer.backward(np.ones((1, 1, 1, 1)))[0, 0], [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+
+
+def test_a_gradient_that_is_no_array_is_not_written_to():
+    """What gives its memory for an array, as torch's tensors do."""
+    class Tensor(object):
+        def __init__(self, numbers):
+            self.numbers = numbers
+
+        def __array__(self, dtype=None, copy=None):
+            return self.numbers
+
+    for make, shape in LAYERS:
+        layer = make()
+        given = Tensor(numbers(*layer.forward(numbers(*shape)).shape))
+        kept = given.numbers.copy()
+        layer.backward(given)
+        np.testing.assert_array_equal(given.numbers, kept)
+
+
+def test_static_methods_refuse_a_weight_without_numbers():
+    for call in (lambda: CONV(numbers(1, 0, 6, 6), numbers(1, 3, 4, 4), numbers(3, 0, 3, 3), numbers(3), 3, 1),
+                 lambda: CONV(numbers(1, 2, 6, 6), numbers(1, 0, 4, 4), numbers(0, 2, 3, 3), numbers(0), 3, 1),
+                 lambda: CONV_BACK(numbers(1, 3, 7, 7), numbers(1, 2, 6, 6), numbers(3, 2, 0, 0), 0, 1)):
+        with pytest.raises(ValueError):
+            call()
