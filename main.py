@@ -178,10 +178,7 @@ TAKE = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'TUPLE
 
 
 class Mapped(mmap.mmap):
-    """A private map of a file: what is large is not read, but stays where it is until somebody looks at it.
-
-    Half a gigabyte that is read first takes a seventh of a run.
-    """
+    """A private map of a file: half a gigabyte is not read and copied, but stays where it is until it is needed."""
 
     def read(self, size=-1):
         start = self.tell()
