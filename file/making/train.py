@@ -1,12 +1,11 @@
 """Train the shipped network from the ImageNet convolutions and a folder of flower photos.
 
-    python file/making/train.py features --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
-    python file/making/train.py train    --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER
+    python file/making/train.py --photos PHOTOS --weights vgg16_imagenet_conv.npz --work FOLDER --out NEW.npz
 
-PHOTOS holds one folder a class; FOLDER takes what is computed on the way, 0.5 GB a view.  A step that was cut goes
-on where it was.  `features` runs the first four stages, which stay as they are, over several views of every photo.
-`train` trains the fifth stage and the three fully connected layers on them, with the layers and the loss of this
-package, writes vgg16_flowers.npz and prints its accuracy on the validation photos.
+PHOTOS holds one folder a class.  The first three stages stay as they are; the fourth, the fifth and the three fully
+connected layers are trained with the layers and the loss of this package, on pictures that are cropped, coloured and
+mixed anew in every epoch.  FOLDER keeps the progress: a training that was cut goes on where it was.
+At the end it writes the packed network and prints its accuracy on the validation photos, which nothing before it sees.
 """
 import argparse
 import os
@@ -25,8 +24,10 @@ from loss import CrossEntropy                                   # noqa: E402
 from vgg import VGG16                                           # noqa: E402
 
 CLASSES = ('daisy', 'roses', 'sunflowers', 'tulips')
-BATCH = 4
 MEMORY = 0.99    # the running mean forgets in about 100 steps
+FROZEN = 'layer3_maxpool'    # the last layer that is not trained
+KEPT = 10    # steps after which the progress is kept
+PART = 4    # pictures that go through the frozen stages at a time: 32 would need gigabytes
 
 
 def say(text):
@@ -44,70 +45,38 @@ def split(photos):
     return rows
 
 
-def view_of(image, view, index):
-    """What training sees of a photo: 0 the photo itself, 1 its mirror image, from 2 on a random crop of it.
-
-    A crop has 45 to 100 % of the area, is turned by up to 15 degrees, mirrored or not, and lighter or darker, more
-    or less colourful by up to 25 %.  The same view of the same photo is always the same crop.
-    """
-    if view == 0:
-        return image
-    if view == 1:
-        return np.ascontiguousarray(image[:, ::-1])
-    rng = np.random.RandomState(100003 * view + index)
+def view_of(image, rng):
+    """What one epoch sees of a photo: a crop of 35 to 100 % of it, turned by up to 20 degrees, mirrored or not, and
+    lighter or darker, more or less colourful by up to 35 %."""
     h, w = image.shape[:2]
-    turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-15, 15), 1)
+    turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-20, 20), 1)
     image = cv2.warpAffine(image, turn, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-    area, aspect = rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.25, 0.25))
+    area, aspect = rng.uniform(0.35, 1.0), np.exp(rng.uniform(-0.25, 0.25))
     ch, cw = min(h, int(h * np.sqrt(area / aspect))), min(w, int(w * np.sqrt(area * aspect)))
     top, left = rng.randint(h - ch + 1), rng.randint(w - cw + 1)
     image = image[top:top + ch, left:left + cw].astype(np.float32)
     if rng.rand() < 0.5:
         image = image[:, ::-1]
     grey = image.mean(axis=2, keepdims=True)
-    image = grey + (image - grey) * rng.uniform(0.75, 1.25)
-    image = image * rng.uniform(0.75, 1.25)
+    image = grey + (image - grey) * rng.uniform(0.65, 1.35)
+    image = image * rng.uniform(0.65, 1.35)
     return np.ascontiguousarray(np.clip(image, 0, 255).astype(np.uint8))
 
 
-def frozen_network(weights):
-    """VGG16 with the ImageNet convolutions as they will be shipped, in their packed precision."""
-    network = VGG16(len(CLASSES))
-    given = np.load(weights)
-    for name, layer in network.graph_layers.items():
+def frozen_layers(weights):
+    """The stages that are not trained, with the ImageNet convolutions in the precision that is shipped."""
+    layers = []
+    for name, layer in VGG16(len(CLASSES)).graph_layers.items():
         if '_conv' in name:
-            layer.load_params(unpack(*pack(given[name + '.weight'])), given[name + '.bias'])
-    return network
+            layer.load_params(unpack(*pack(weights[name + '.weight'])), weights[name + '.bias'])
+        layers.append(layer)
+        if name == FROZEN:
+            return layers
 
 
-def features(arguments):
-    """Compute the output of layer4_maxpool for every view of every photo: what the last stage is trained on."""
-    network = frozen_network(arguments.weights)
-    names = list(network.graph_layers)
-    stages = names[:names.index('layer4_maxpool') + 1]
-    rows = split(arguments.photos)
-    with open(os.path.join(arguments.work, 'validation.txt'), 'w', newline='\n') as file:
-        file.writelines(name + '\n' for name, _, held in rows if held)
-    for view in arguments.views:
-        wanted = [i for i, (_, _, held) in enumerate(rows) if view == 0 or not held]
-        path = os.path.join(arguments.work, 'view%d.npy' % view)
-        done = path + '.done'
-        if not os.path.exists(path):
-            np.lib.format.open_memmap(path, 'w+', np.float16, (len(rows), 512, 14, 14)).flush()
-        store = np.lib.format.open_memmap(path, 'r+')
-        start = int(open(done).read()) if os.path.exists(done) else 0
-        for first in range(start, len(wanted), BATCH):
-            batch = wanted[first:first + BATCH]
-            x = np.concatenate([process_image(view_of(read_image(os.path.join(arguments.photos, rows[i][0])), view, i))
-                                for i in batch])
-            for name in stages:
-                x = network.graph_layers[name].forward(x)
-            store[batch] = x
-            if first // BATCH % 20 == 0 or first + BATCH >= len(wanted):
-                store.flush()
-                with open(done, 'w') as file:
-                    file.write(str(first + len(batch)))
-                say('view %d: %d of %d photos' % (view, first + len(batch), len(wanted)))
+def seen_by(frozen, pictures):
+    """What the frozen stages make of pictures."""
+    return np.concatenate([forward(frozen, pictures[i:i + PART]) for i in range(0, len(pictures), PART)])
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -204,32 +173,35 @@ def backward(layers, grad):
     return grad
 
 
-def smoothed(loss, labels, smoothing):
-    """The gradient of the cross-entropy against labels that leave a share to the other classes."""
-    grad = loss.backward()
-    grad += smoothing / len(labels) * (np.eye(len(CLASSES))[labels] - 1.0 / len(CLASSES))
-    return grad
+def loss_and_gradient(logits, labels, others, share, smoothing):
+    """The cross-entropy for pictures that are a share of their own and the rest of another, and its gradient where
+    the labels leave a little to all classes."""
+    loss, total, grad, one = CrossEntropy(), 0.0, 0.0, np.eye(len(CLASSES))
+    for part, those in ((share, labels), (1 - share, others)):
+        total += part * loss.forward(logits, those)
+        grad += part * (loss.backward() + smoothing / len(those) * (one[those] - 1.0 / len(CLASSES)))
+    return total, grad
 
 
-def layers_to_train(arguments):
-    """What follows layer4_maxpool: (layers for use, layers for training, {name: layer that is trained})."""
-    rng = np.random.RandomState(arguments.seed)
-    given = np.load(arguments.weights)
+def layers_to_train(weights, rng, dropout):
+    """What follows the frozen stages: (layers for use, layers for training, {name: layer that is trained})."""
     used, training, trained = [], [], {}
-    for i in (1, 2, 3):
-        name = 'layer5_conv%d' % i
-        trained[name] = TrainedConvolution(512, 512, 3, padding=1)
-        trained[name].load_params(given[name + '.weight'].astype(np.float32), given[name + '.bias'])
-        used += [trained[name], ReluLayer()]
-    trained['layer5_conv1'].passes_on = False
-    used += [MaxPoolLayer(), Average()]
+    for stage, channels in ((4, 256), (5, 512)):
+        for i in (1, 2, 3):
+            name = 'layer%d_conv%d' % (stage, i)
+            trained[name] = TrainedConvolution(channels if i == 1 else 512, 512, 3, padding=1)
+            trained[name].load_params(weights[name + '.weight'].astype(np.float32), weights[name + '.bias'])
+            used += [trained[name], ReluLayer()]
+        used.append(MaxPoolLayer())
+    trained['layer4_conv1'].passes_on = False
+    used.append(Average())
     training += used
     # He's initial deviation, less where the numbers that come in are large, and little for the logits
     shapes = ((512, 4096, 0.25), (4096, 4096, 1), (4096, len(CLASSES), 0.1))
     for i, (inputs, outputs, share) in enumerate(shapes):
         if i > 0:
             used.append(ReluLayer())
-            training += [used[-1], Dropout(arguments.dropout, rng)]
+            training += [used[-1], Dropout(dropout, rng)]
         name = 'fullyconnect%d' % (i + 1)
         trained[name] = FullyConnectLayer(inputs, outputs)
         trained[name].load_params((rng.randn(outputs, inputs) * share * np.sqrt(2.0 / inputs)).astype(np.float32),
@@ -239,24 +211,20 @@ def layers_to_train(arguments):
     return used, training, trained
 
 
-def confusion(layers, parameters, view, labels, wanted):
+def confusion(layers, parameters, inputs, labels):
     """How often each class (row) was taken for each class (column), with these parameters {layer: (weight, bias)}."""
-    before = {layer: (layer.weight, layer.bias) for layer in parameters}
     for layer, values in parameters.items():
         layer.load_params(*values)
     table = np.zeros((len(CLASSES), len(CLASSES)), int)
-    for start in range(0, len(wanted), 16):
-        some = wanted[start:start + 16]
-        logits = forward(layers, view[some].astype(np.float32))
-        np.add.at(table, (labels[some], logits.argmax(axis=1)), 1)
-    for layer, values in before.items():
-        layer.load_params(*values)
+    for start in range(0, len(labels), PART):
+        logits = forward(layers, inputs(start, start + PART))
+        np.add.at(table, (labels[start:start + PART], logits.argmax(axis=1)), 1)
     return table
 
 
-def save_state(path, epoch, optimiser):
-    """Keep all that the next epoch needs."""
-    arrays = {'epoch': epoch, 'steps': optimiser.steps}
+def save_state(path, optimiser):
+    """Keep all that the next step needs."""
+    arrays = {'steps': optimiser.steps}
     for name, layer in optimiser.layers.items():
         for key in ('weight', 'bias'):
             arrays['value.%s.%s' % (name, key)] = getattr(layer, key)
@@ -267,9 +235,9 @@ def save_state(path, epoch, optimiser):
 
 
 def load_state(path, optimiser):
-    """Go on where save_state stopped; return the epoch."""
+    """Go on where save_state stopped."""
     if not os.path.exists(path):
-        return 0
+        return
     with np.load(path) as arrays:
         optimiser.steps = int(arrays['steps'])
         for name, layer in optimiser.layers.items():
@@ -277,62 +245,74 @@ def load_state(path, optimiser):
                 setattr(layer, key, arrays['value.%s.%s' % (name, key)])
                 for kind in ('first', 'second', 'mean'):
                     getattr(optimiser, kind)[name, key] = arrays['%s.%s.%s' % (kind, name, key)]
-        return int(arrays['epoch'])
 
 
 def train(arguments):
-    """Train the fifth stage and the head, and write the running mean of their weights, packed."""
+    """Train the fourth and the fifth stage and the head, and write the running mean of their weights, packed."""
     rows = split(arguments.photos)
+    with open(os.path.join(arguments.work, 'validation.txt'), 'w', newline='\n') as file:
+        file.writelines(name + '\n' for name, _, held in rows if held)
     labels = np.array([label for _, label, _ in rows])
     held = np.array([i for i, row in enumerate(rows) if row[2]])
     seen = np.array([i for i, row in enumerate(rows) if not row[2]])
-    views = [np.load(os.path.join(arguments.work, 'view%d.npy' % view), mmap_mode='r') for view in arguments.views]
-    used, training, trained = layers_to_train(arguments)
+    weights = np.load(arguments.weights)
+    frozen = frozen_layers(weights)
+    rng = np.random.RandomState(arguments.seed)
+    used, training, trained = layers_to_train(weights, rng, arguments.dropout)
     head = training[training.index(next(layer for layer in training if isinstance(layer, Average))):]
-    optimiser, loss = Adam(trained, arguments.decay), CrossEntropy()
-    state = os.path.join(arguments.work, arguments.state)
+    optimiser = Adam(trained, arguments.decay)
+    state = os.path.join(arguments.work, 'state.npz')
+    load_state(state, optimiser)
 
-    def mean():
-        return {layer: (optimiser.mean[name, 'weight'], optimiser.mean[name, 'bias']) for name, layer in trained.items()}
+    def photo(i):
+        return read_image(os.path.join(arguments.photos, rows[i][0]))
 
-    for epoch in range(load_state(state, optimiser), arguments.epochs):
-        rng = np.random.RandomState(1000 + epoch)
-        order, total = rng.permutation(seen), 0.0
-        for start in range(0, len(order), arguments.batch):
-            batch = order[start:start + arguments.batch]
-            x = np.stack([views[rng.randint(len(views))][i] for i in batch]).astype(np.float32)
-            done = (epoch + start / len(order)) / arguments.epochs
-            fade = 0.5 * (1 + np.cos(np.pi * done)) * min(1, 0.01 + optimiser.steps / 100)
-            total += loss.forward(forward(training, x), labels[batch]) * len(batch)
-            grad = smoothed(loss, labels[batch], arguments.smoothing)
-            if epoch < arguments.warm:
-                backward(head, grad)
-                optimiser.step({name: fade * arguments.head_rate for name in trained if 'conv' not in name})
-            else:
-                backward(training, grad)
-                optimiser.step({name: fade * (arguments.rate if 'conv' in name else arguments.head_rate)
-                                for name in trained})
-        save_state(state, epoch + 1, optimiser)
-        table = confusion(used, mean(), views[0], labels, held)
-        say('epoch %d of %d: loss %.4f, validation %.2f %%' % (
-            epoch + 1, arguments.epochs, total / len(order), 100 * table.trace() / table.sum()))
+    an_epoch = -(-len(seen) // arguments.batch)
+    losses = []
+    while optimiser.steps < arguments.epochs * an_epoch:
+        epoch, place = divmod(optimiser.steps, an_epoch)
+        rng.seed([arguments.seed, epoch])
+        batch = rng.permutation(seen)[place * arguments.batch:(place + 1) * arguments.batch]
+        rng.seed([arguments.seed, arguments.epochs + optimiser.steps])    # a training that was cut goes on with the same
+        pictures = np.concatenate([process_image(view_of(photo(i), rng)) for i in batch])
+        other, share = rng.permutation(len(batch)), rng.beta(arguments.mixing, arguments.mixing)
+        if epoch < arguments.warm or epoch >= arguments.epochs - arguments.plain:
+            share = 1.0
+        mixed = (share * pictures + (1 - share) * pictures[other]).astype(np.float32)
+        fade = 0.5 * (1 + np.cos(np.pi * optimiser.steps / (arguments.epochs * an_epoch)))
+        fade *= min(1, 0.01 + optimiser.steps / 100)
+        value, grad = loss_and_gradient(forward(training, seen_by(frozen, mixed)), labels[batch],
+                                        labels[batch[other]], share, arguments.smoothing)
+        losses.append(value)
+        if epoch < arguments.warm:
+            backward(head, grad)
+            optimiser.step({name: fade * arguments.head_rate for name in trained if 'conv' not in name})
+        else:
+            backward(training, grad)
+            optimiser.step({name: fade * (arguments.rate if 'conv' in name else arguments.head_rate)
+                            for name in trained})
+        if optimiser.steps % KEPT == 0 or optimiser.steps % an_epoch == 0:
+            save_state(state, optimiser)
+            say('epoch %d of %d, step %d of %d: loss %.4f' % (
+                epoch + 1, arguments.epochs, place + 1, an_epoch, np.mean(losses)))
+            losses = []
 
     packed, shipped = {}, {}
-    given = np.load(arguments.weights)
-    for key in given.files:
+    for key in weights.files:
         name = key[:-len('.weight')]
         if key.endswith('.weight') and name not in trained:
-            packed[name + '.q'], packed[name + '.scale'] = pack(given[key])
-            packed[name + '.bias'] = given[name + '.bias']
+            packed[name + '.q'], packed[name + '.scale'] = pack(weights[key])
+            packed[name + '.bias'] = weights[name + '.bias']
     for name, layer in trained.items():
-        weight, bias = mean()[layer]
+        weight, bias = optimiser.mean[name, 'weight'], optimiser.mean[name, 'bias']
         share = PLANE if name == 'fullyconnect1' else 1
         q, scale = pack(weight / share)
         packed[name + '.q'], packed[name + '.scale'], packed[name + '.bias'] = q, scale, bias
         shipped[layer] = unpack(q, scale) * np.float32(share), bias
     np.savez_compressed(arguments.out + '.part.npz', **packed)
     os.replace(arguments.out + '.part.npz', arguments.out)
-    table = confusion(used, shipped, views[0], labels, held)
+    table = confusion(used, shipped, lambda start, end: seen_by(
+        frozen, np.concatenate([process_image(photo(i)) for i in held[start:end]])), labels[held])
     print('%s: %d bytes' % (os.path.basename(arguments.out), os.path.getsize(arguments.out)))
     print('parameters trained: %d' % sum(layer.weight.size + layer.bias.size for layer in trained.values()))
     print('validation: %d of %d right, %.2f %%' % (table.trace(), table.sum(), 100 * table.trace() / table.sum()))
@@ -343,27 +323,25 @@ def train(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('step', choices=['features', 'train'])
     parser.add_argument('--photos', required=True, help='a folder with a folder of photos for each class')
     parser.add_argument('--weights', required=True, help='the ImageNet convolutions, .npz')
-    parser.add_argument('--work', required=True, help='a folder for what is computed on the way')
-    parser.add_argument('--views', type=int, nargs='+', default=list(range(6)), help='which views (default: 0 to 5)')
-    parser.add_argument('--out', default=PACKED, help='what train writes, a new file (default: %(default)s)')
-    parser.add_argument('--state', default='state.npz', help='where in --work train keeps its progress')
-    parser.add_argument('--epochs', type=int, default=9)
-    parser.add_argument('--warm', type=int, default=1, help='epochs in which only the fully connected layers learn')
+    parser.add_argument('--work', required=True, help='a folder for the progress')
+    parser.add_argument('--out', default=PACKED, help='what is written, a new file (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--warm', type=int, default=1, help='epochs at first in which only the head learns')
+    parser.add_argument('--plain', type=int, default=1, help='epochs at last in which pictures are not mixed')
     parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--rate', type=float, default=2e-5, help='largest learning rate of the convolutions')
+    parser.add_argument('--rate', type=float, default=5e-5, help='largest learning rate of the convolutions')
     parser.add_argument('--head-rate', type=float, default=3e-4, help='and of the fully connected layers')
+    parser.add_argument('--mixing', type=float, default=0.3, help='alpha of mixup')
     parser.add_argument('--dropout', type=float, default=0.5)
     parser.add_argument('--smoothing', type=float, default=0.1)
     parser.add_argument('--decay', type=float, default=0.02)
     parser.add_argument('--seed', type=int, default=1)
     arguments = parser.parse_args()
-    if arguments.step == 'train':
-        exit_if_there('train.py', arguments.out)
+    exit_if_there('train.py', arguments.out)
     os.makedirs(arguments.work, exist_ok=True)
-    {'features': features, 'train': train}[arguments.step](arguments)
+    train(arguments)
 
 
 if __name__ == '__main__':
