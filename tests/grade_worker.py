@@ -171,6 +171,8 @@ class Student(object):
                 notes.append('%s.py: %s' % (module, account(error)))
         self.has = {name: getattr(module, name) for name in ('process_image', 'CrossEntropy')
                     for module in reversed(found) if hasattr(module, name)}
+        if 'CrossEntropy' in self.has and not os.path.exists('loss.py'):    # as in the course's older edition
+            notes = [note for note in notes if not note.startswith('loss.py')]
         return notes
 
     def look(self):
