@@ -20,7 +20,7 @@ import tempfile
 from unwritten import BODIES, PROJECT, unwritten
 
 START = ('README.md', 'layer.py', 'vgg.py')
-COPIED = ('main.py', 'loss.py', 'requirements.txt', 'file/tulips_demo.jpg', 'file/vgg16_flowers.npz',
+COPIED = ('main.py', 'loss.py', 'requirements.txt', '.gitignore', 'file/tulips_demo.jpg', 'file/vgg16_flowers.npz',
           'file/expected_output.txt', 'file/expected_tensors.txt', 'file/making/expand.py', 'tests/compare.py',
           'tests/conftest.py', 'tests/network.py', 'tests/picture.py', 'tests/tensors.py', 'tests/test_stages.py',
           'tests/unwritten.py')

@@ -322,7 +322,8 @@ def test_layers_and_network_have_the_packages_interface(start):
 def package(tmp_path):
     """A copy of what a hand-out is made of, to be changed."""
     folder = str(tmp_path / 'package')
-    shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', '*.npy', '*.npz', '*.part'))
+    shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(
+        '.git', '.ci', '.venv*', '.pytest_cache', '__pycache__', '*.npy', '*.npz', '*.part'))
     os.symlink(os.path.join(PROJECT, 'file', 'vgg16_flowers.npz'), os.path.join(folder, 'file', 'vgg16_flowers.npz'))
     return folder
 
