@@ -342,8 +342,9 @@ CASES = {
         '    return the_shipped(self, out_grad)')),
     'too much memory': Case(60, 'forward flatten', 'MemoryError', method(
         'FlattenLayer', 'def forward(self, inputs):\n    return np.ones((2**33, 8))')),
-    'endless printing': Case(60, 'forward flatten', 'File too large', method(
-        'FlattenLayer', 'def forward(self, inputs):\n    while True:\n        print("#" * 2**20)')),
+    'much printing': Case(60, 'forward flatten', 'File too large', method(
+        'FlattenLayer', 'def forward(self, inputs):\n    for _ in range(100):\n        print("#" * 2**20)\n'
+        '    return the_shipped(self, inputs)')),
     'exits': Case(0, None, 'SystemExit', 'raise SystemExit(0)\n'),
     'missing layer': Case(0, None, 'layer 22 of graph_layers should be layer4_conv3, is layer4_relu3', vgg=[(
         "'layer4_conv3': self.layer4_conv3, ", '')]),

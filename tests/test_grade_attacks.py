@@ -116,9 +116,9 @@ for number in (1, 2, 15, 9):
     except OSError as error:
         print(error)
 '''),
-    'memory bomb': Case(60, 'forward layer1_conv1', 'MemoryError', method(
-        'ConvolutionLayer', 'def forward(self, inputs, held=[]):\n    while True:\n'
-        '        held.append(np.ones(2**26))')),
+    'memory bomb': Case(60, 'forward layer1_conv1', 'MemoryError', method(    # of 4 GB, where there is no limit
+        'ConvolutionLayer', 'def forward(self, inputs):\n    held = [np.ones(2**26) for _ in range(8)]\n'
+        '    return the_shipped(self, inputs)')),
     'many processes': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV + ONCE + '''
 import time
 if once('forks'):

@@ -163,25 +163,26 @@ def test_layers_of_a_right_solution_pass(start, tmp_path, name):
 
 @pytest.fixture(scope='module')
 def passes(start, tmp_path_factory):
-    """What the tests of each solution come to; two at a time, as each takes a minute or so and one core."""
+    """What the tests of each solution come to, two at a time; the whole network for that whose rounding differs most."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         folders = {name: solve(start, str(tmp_path_factory.mktemp('solved') / 'by'), *SOLUTIONS[name])
                    for name in SOLUTIONS}
-        for folder in folders.values():
-            with_weights(folder)
-        yield {name: (folder, pool.submit(run_tests, folder, '-vv')) for name, folder in folders.items()}
+        with_weights(folders['dot'])
+        yield {name: (folder, pool.submit(run_tests, folder, '-vv', *([] if name == 'dot' else ['-k', 'not main'])))
+               for name, folder in sorted(folders.items())}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SOLUTIONS)
 def test_a_right_solution_passes(passes, name):
-    """All stages and all that was handed out, nothing skipped, whatever the solution's dtypes and ways are."""
+    """All stages and all that was handed out, compiled, nothing skipped, whatever the solution's dtypes and ways are."""
     folder, done = passes[name]
     status, printed = done.result()
     assert status == 0 and 'skipped' not in printed, printed
     for stage in ('stage60', 'stage80', 'stage100'):
         status, collected = run_tests(folder, '--collect-only', '-m', stage)
-        chosen = re.findall(r'^tests/.*::.*', collected, re.MULTILINE)
+        chosen = [test for test in re.findall(r'^tests/.*::.*', collected, re.MULTILINE)
+                  if name == 'dot' or 'main' not in test]
         assert chosen and all(re.search(re.escape(test) + ' +PASSED', printed) for test in chosen)
 
 

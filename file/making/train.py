@@ -273,7 +273,7 @@ def train(arguments):
         epoch, place = divmod(optimiser.steps, an_epoch)
         rng.seed([arguments.seed, epoch])
         batch = rng.permutation(seen)[place * arguments.batch:(place + 1) * arguments.batch]
-        rng.seed([arguments.seed, arguments.epochs + optimiser.steps])    # a training that was cut goes on with the same
+        rng.seed([arguments.seed, arguments.epochs + optimiser.steps])    # the same again, were it cut
         pictures = np.concatenate([process_image(view_of(photo(i), rng)) for i in batch])
         other, share = rng.permutation(len(batch)), rng.beta(arguments.mixing, arguments.mixing)
         if epoch < arguments.warm or epoch >= arguments.epochs - arguments.plain:
@@ -327,7 +327,7 @@ def main():
     parser.add_argument('--weights', required=True, help='the ImageNet convolutions, .npz')
     parser.add_argument('--work', required=True, help='a folder for the progress')
     parser.add_argument('--out', default=PACKED, help='what is written, a new file (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--warm', type=int, default=1, help='epochs at first in which only the head learns')
     parser.add_argument('--plain', type=int, default=1, help='epochs at last in which pictures are not mixed')
     parser.add_argument('--batch', type=int, default=32)
