@@ -73,6 +73,7 @@ def test_packing_is_exact_and_close():
     assert (np.abs(unpacked - weight) <= (np.sqrt(np.abs(weight) * largest) / 127 + largest / 127**2) * 1.01).all()
 
 
+@pytest.mark.slow
 def test_the_shipped_checkpoint_has_one_hash_and_fits_the_network(monkeypatch):
     monkeypatch.setattr(main, 'SHAPES', VGG16_SHAPES)
     ckpt = main.load_checkpoint()    # expands it where it is not there

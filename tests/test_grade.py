@@ -468,6 +468,7 @@ def results(package, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CASES)
 def test_score(name, results):
     case, result = CASES[name], results[name]
@@ -523,6 +524,7 @@ def test_a_tie_may_go_either_way_and_nothing_else_may():
     assert wrong(relu, [(2, 0, 0)]) and wrong(relu, [(2, 1, 6)])
 
 
+@pytest.mark.slow
 def test_right_layers_after_a_wrong_one_are_not_blamed(results):
     """`no padding` is wrong in one convolution: 36 layers are right, forward and backward, on the right input."""
     found = results['no padding']['layers']
@@ -673,12 +675,19 @@ def running(words):
     return found
 
 
+def grade_the_package(folder):
+    path = os.path.join(folder, 'all.json')
+    out = graded(PROJECT, '--json', path)
+    with open(path) as file:
+        return out, json.load(file)['submissions'][0]['printed']
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not glob.glob(os.path.join(PROJECT, 'file', 'vgg16_*.np[yz]')), reason='needs the checkpoint')
-def test_the_package_itself(tmp_path):
+@pytest.mark.early(work=grade_the_package)
+def test_the_package_itself(early):
     """The whole network, in real time and memory limits."""
-    out = graded(PROJECT, '--json', tmp_path / 'all.json')
+    out, printed = early
     assert out.split('\n')[1:] == ['   60  built and loaded: yes', '   80  forward: yes', '  100  backward: yes',
                                    'score: 100', '']
-    found = json.loads((tmp_path / 'all.json').read_text())
-    assert 'forward: layer1_conv1: ' in found['submissions'][0]['printed']
+    assert 'forward: layer1_conv1: ' in printed

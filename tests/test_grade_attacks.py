@@ -9,6 +9,7 @@ import pytest
 from grade_process import Box
 from test_grade import IN_SANDBOX, NO_CONV, PRINTS, Case, method, package, results_of, running, write    # noqa: F401
 
+pytestmark = pytest.mark.slow
 MARK = 'sleep 321.5'
 SECRET = 'known to the judge alone'
 ONCE = '''

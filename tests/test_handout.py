@@ -1,6 +1,5 @@
 """What a student starts from: whole, the handbook's, telling no solution; and right solutions pass in it."""
 import ast
-import concurrent.futures
 import importlib.util
 import inspect
 import os
@@ -161,26 +160,25 @@ def test_layers_of_a_right_solution_pass(start, tmp_path, name):
     assert unwritten(folder) == {}
 
 
-@pytest.fixture(scope='module')
-def passes(start, tmp_path_factory):
-    """What the tests of each solution come to, two at a time; the whole network for that whose rounding differs most."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        folders = {name: solve(start, str(tmp_path_factory.mktemp('solved') / 'by'), *SOLUTIONS[name])
-                   for name in SOLUTIONS}
-        with_weights(folders['dot'])
-        yield {name: (folder, pool.submit(run_tests, folder, '-vv', *([] if name == 'dot' else ['-k', 'not main'])))
-               for name, folder in sorted(folders.items())}
+def outcome_of(name):
+    """Work: the tests of a solution; the whole network's too for that whose rounding differs most."""
+    def work(folder):
+        handout.write(os.path.join(folder, 'start'))
+        solved = solve(os.path.join(folder, 'start'), os.path.join(folder, 'solved'), *SOLUTIONS[name])
+        if name == 'dot':
+            with_weights(solved)
+        stages = [run_tests(solved, '--collect-only', '-m', 'stage%d' % stage)[1] for stage in (60, 80, 100)]
+        return run_tests(solved, '-vv', *[] if name == 'dot' else ['-k', 'not main']) + (stages,)
+    return work
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SOLUTIONS)
-def test_a_right_solution_passes(passes, name):
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.early(work=outcome_of(name))) for name in SOLUTIONS])
+def test_a_right_solution_passes(name, early):
     """All stages and all that was handed out, compiled, nothing skipped, whatever the solution's dtypes and ways are."""
-    folder, done = passes[name]
-    status, printed = done.result()
+    status, printed, stages = early
     assert status == 0 and 'skipped' not in printed, printed
-    for stage in ('stage60', 'stage80', 'stage100'):
-        status, collected = run_tests(folder, '--collect-only', '-m', stage)
+    for collected in stages:
         chosen = [test for test in re.findall(r'^tests/.*::.*', collected, re.MULTILINE)
                   if name == 'dot' or 'main' not in test]
         assert chosen and all(re.search(re.escape(test) + ' +PASSED', printed) for test in chosen)

@@ -82,9 +82,10 @@ def test_tensors_are_the_expected_ones_to_the_bit(steps):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'uname') or os.uname().machine != 'x86_64', reason='names x86 processors')
-def test_an_older_processor_computes_the_same_bits(tmp_path):
-    status, out, err = run('tests/tensors.py', NUMBA_CPU_NAME='haswell', NUMBA_CPU_FEATURES='+avx,+avx2,+fma',
-                           NUMBA_CACHE_DIR=str(tmp_path))
+@pytest.mark.early(work=lambda folder: run('tests/tensors.py', NUMBA_CPU_NAME='haswell', NUMBA_CACHE_DIR=folder,
+                                      NUMBA_CPU_FEATURES='+avx,+avx2,+fma'))
+def test_an_older_processor_computes_the_same_bits(early):
+    status, out, err = early
     assert status == 0, err
     assert out.splitlines() == expected_tensors()
 
@@ -184,14 +185,18 @@ def test_a_run_that_is_killed_while_it_expands_leaves_no_half_checkpoint(tmp_pat
 
 # ------------------------------------------------------------------------------------------------ the loops
 
-@pytest.mark.slow
-def test_no_loop_leaves_its_arrays(tmp_path):
-    """The comparisons with the formulas once more, with every index checked (compiled anew, into another cache)."""
-    environment = dict(os.environ, NUMBA_BOUNDSCHECK='1', NUMBA_CACHE_DIR=str(tmp_path))
+def with_every_index_checked(folder):
+    """The comparisons with the formulas once more, compiled anew, into another cache."""
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-k', 'formula and (float64 or fully)',
-                           os.path.join(PROJECT, 'tests', 'test_layers.py')], env=environment, stdout=subprocess.PIPE)
-    assert done.returncode == 0, done.stdout.decode()[-4000:]
-    assert b' passed' in done.stdout
+                           os.path.join(PROJECT, 'tests', 'test_layers.py')], stdout=subprocess.PIPE,
+                          env=dict(os.environ, NUMBA_BOUNDSCHECK='1', NUMBA_CACHE_DIR=folder))
+    return done.returncode, done.stdout.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.early(work=with_every_index_checked)
+def test_no_loop_leaves_its_arrays(early):
+    assert early[0] == 0 and ' passed' in early[1], early[1][-4000:]
 
 
 @pytest.mark.parametrize('layer, code', [
