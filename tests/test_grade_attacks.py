@@ -118,7 +118,7 @@ for number in (1, 2, 15, 9):
         print(error)
 '''),
     'memory bomb': Case(60, 'forward layer1_conv1', 'MemoryError', method(    # of 4 GB, where there is no limit
-        'ConvolutionLayer', 'def forward(self, inputs):\n    held = [np.ones(2**26) for _ in range(8)]\n'
+        'ConvolutionLayer', 'def forward(self, inputs):\n    held = np.empty(2**29)\n'
         '    return the_shipped(self, inputs)')),
     'many processes': Case(60, 'forward layer1_conv1', 'all zeros', NO_CONV + ONCE + '''
 import time
