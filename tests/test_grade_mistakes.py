@@ -86,7 +86,7 @@ def returning(loop):
 def loop(name, number):
     """A change: another number of steps in a loop; N is the right one."""
     return lambda source: re.sub(r'for %s in range\((.*)\)' % name, lambda match: 'for %s in range(%s)' % (
-        name, number.replace('N', match.group(1))), source, 1)
+        name, number.replace('N', match.group(1))), source, count=1)
 
 
 WINDOW = [loop('i', 'N - 1'), loop('j', 'N - 1')]
