@@ -1,6 +1,6 @@
 """main.py: its arguments, what it prints and where, and what it says of a network that is not VGG16."""
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys

@@ -83,7 +83,7 @@ def test_tensors_are_the_expected_ones_to_the_bit(steps):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'uname') or os.uname().machine != 'x86_64', reason='names x86 processors')
 @pytest.mark.early(work=lambda folder: run('tests/tensors.py', NUMBA_CPU_NAME='haswell', NUMBA_CACHE_DIR=folder,
-                                      NUMBA_CPU_FEATURES='+avx,+avx2,+fma'))
+                                           NUMBA_CPU_FEATURES='+avx,+avx2,+fma'))
 def test_an_older_processor_computes_the_same_bits(early):
     status, out, err = early
     assert status == 0, err

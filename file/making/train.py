@@ -27,7 +27,7 @@ CLASSES = ('daisy', 'roses', 'sunflowers', 'tulips')
 MEMORY = 0.99    # the running mean forgets in about 100 steps
 FROZEN = 'layer3_maxpool'    # the last layer that is not trained
 KEPT = 10    # steps after which the progress is kept
-PART = 4    # pictures that go through the frozen stages at a time: 32 would need gigabytes
+PART = 4     # pictures that go through the frozen stages at a time: 32 would need gigabytes
 
 
 def say(text):
